@@ -1,0 +1,19 @@
+"""rwfx: a ``torch.fx`` pass that trains a PyTorch model with a row-sparse backward chosen by random walks.
+
+once         model --capture--> GraphModule --weight_graph--> WeightGraph
+                                     |                             |
+                                     +---------- passes -----------+
+                                                   |
+                                    GraphModule with a row sampler inside --torch.compile--> step
+
+every step   row sampler: WeightGraph, |W| --walks--> row sets --> row-sparse ops --> row gradients --> optimizer
+"""
+
+from rwfx import ops, optim
+from rwfx.sparse_module import SparseModule
+from rwfx.transform import transform
+from rwfx.walk import random_walks
+from rwfx.weight_graph import WeightGraph, weight_graph
+
+__version__ = "0.1.0"
+__all__ = ["SparseModule", "WeightGraph", "ops", "optim", "random_walks", "transform", "weight_graph"]

@@ -1,0 +1,233 @@
+"""Capture: a model becomes the graphs of its forward pass, in train mode and in eval mode.
+
+In: any ``nn.Module`` that ``torch.fx`` can trace symbolically, left as it was. Out: a ``Capture``: a *host*,
+a tree of modules that shares every parameter and buffer with the model, and two graphs over it.
+
+The host's modules are shallow copies: they hold the very dictionaries of parameters and buffers of the
+originals, so that moving, loading or replacing a tensor in one is seen in the other, and have flags
+(``training``) of their own, so that ``model.eval()`` does not reach into a training run.
+"""
+
+import inspect
+import linecache
+import random
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model as graphs."""
+
+    host: nn.Module
+    train: fx.Graph
+    eval: fx.Graph
+    notes: tuple[str, ...]  # what the graphs do not do that the model does
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
+    """Trace ``model`` with ``torch.fx.symbolic_trace``'s tracer, once in train and once in eval mode.
+
+    An argument of ``forward`` that has a default keeps it, unless ``example_inputs`` (a tuple, a dict of
+    keyword arguments, or a single value) gives it; calling the graph with another value raises.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: the model cannot be traced; names the module, the line and what to do.
+    """
+    _check_traceable(model)
+    args, kwargs = split_inputs(example_inputs)
+    # Tracing runs the forward pass, which may assign to its modules: it does so to a copy with tables of its own.
+    scratch = shared_copy(model)
+    for module in scratch.modules():
+        module.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+    before = {path: _attributes(module) for path, module in scratch.named_modules()}
+    graphs = {}
+    for mode in (True, False):
+        scratch.train(mode)
+        graphs[mode] = _trace(scratch, type(model).__name__, args, kwargs)
+    host = shared_copy(model)
+    _keep_constants(scratch, host, graphs.values())
+    return Capture(host, graphs[True], graphs[False], tuple(_lost_assignments(scratch, before)))
+
+
+def shared_copy(module: nn.Module, _copies: dict[int, nn.Module] | None = None) -> nn.Module:
+    """The same tree of modules, with parameters and buffers shared and everything else its own."""
+    copies = {} if _copies is None else _copies
+    if id(module) not in copies:
+        copy = copies[id(module)] = module.__class__.__new__(module.__class__)
+        copy.__dict__.update(module.__dict__)
+        copy.__dict__["_modules"] = {
+            name: None if child is None else shared_copy(child, copies)
+            for name, child in module._modules.items()
+        }
+    return copies[id(module)]
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Run ``module`` for a look: its buffers and the global random streams are put back afterwards."""
+    kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    devices = sorted({t.device.index for t in module.parameters() if t.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for name, buffer in module.named_buffers():
+                buffer.copy_(kept[name])
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as positional and keyword arguments."""
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def _check_traceable(model: nn.Module) -> None:
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {name}.")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model is compiled. Transform the model first, then compile what comes out of it.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(
+            f"model is wrapped in {name}. Transform model.module first, then wrap what comes out of it."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model is a ScriptModule, which torch.fx cannot trace. Give the nn.Module it was made from."
+        )
+    lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"parameter {lazy[0]!r} is lazy and has no shape yet. Run the model once on a batch first."
+        )
+
+
+class _Tracer(fx.Tracer):
+    """``fx.Tracer`` that remembers in which module it failed."""
+
+    failed_in: str | None = None
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or self.path_of_module(m)
+            raise
+
+
+def _trace(root: nn.Module, model_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
+    parameters = inspect.signature(type(root).forward).parameters
+    given = _bind(root, args, kwargs)
+    held = {
+        name: parameter.default
+        for name, parameter in list(parameters.items())[1:]
+        if parameter.default is not inspect.Parameter.empty and name not in given
+    }
+    tracer = _Tracer()
+    streams = _random_streams()
+    try:
+        graph = tracer.trace(root, concrete_args=held or None)
+    except Exception as error:
+        raise ValueError(_explain(error, model_name, tracer.failed_in)) from error
+    if _restore_streams(streams):
+        raise ValueError(
+            f"{model_name} draws random numbers while it is traced (torch.rand, random.random, ...): the drawn "
+            "values would be frozen into the graph. Draw them with a module such as nn.Dropout, or from a "
+            "tensor of the forward pass (torch.rand_like(x))."
+        )
+    # The tracer renames an argument that it holds at its default; its callers know it by its own name.
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, list(parameters)[1:], strict=False):
+        if name in held:
+            node.target = name
+    graph._tracer_cls = fx.Tracer
+    graph.lint()
+    return graph
+
+
+def _bind(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    if not args and not kwargs:
+        return set()
+    try:
+        return set(inspect.signature(root.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise ValueError(f"example_inputs do not fit {type(root).__name__}.forward: {error}.") from error
+
+
+def _random_streams() -> tuple[Tensor, Any, Any]:
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1:3]
+
+
+def _restore_streams(before: tuple[Tensor, Any, Any]) -> bool:
+    """Whether tracing drew from a global stream; torch's is put back."""
+    state, python, numpy = _random_streams()
+    torch.set_rng_state(before[0])
+    same_numpy = np.array_equal(numpy[0], before[2][0]) and numpy[1] == before[2][1]
+    return not (torch.equal(state, before[0]) and python == before[1] and same_numpy)
+
+
+def _explain(error: Exception, model_name: str, path: str | None) -> str:
+    torch_home = str(Path(torch.__file__).parent)
+    own = str(Path(__file__))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((torch_home, own, "<"))
+    ]
+    place = f"module {path!r}" if path else model_name
+    if frames:
+        line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip()
+        place += f", {frames[-1].filename}:{frames[-1].lineno}: `{line}`"
+    return (
+        f"cannot trace {model_name} (in {place}): {type(error).__name__}: {error}\n"
+        "rwfx captures a model with torch.fx.symbolic_trace, which follows the operations on tensors and cannot "
+        "follow Python control flow or conversions that depend on a tensor's values or shape. Move that part out of "
+        "the forward pass or write it with tensor operations (torch.where, x.size(0) passed on as it is); for an "
+        "optional argument that the forward pass branches on, give example_inputs with exactly the arguments you use."
+    )
+
+
+def _keep_constants(scratch: nn.Module, host: nn.Module, graphs: Any) -> None:
+    """Move tensors that tracing made (``x + torch.arange(5)``) onto the host, outside its ``state_dict``."""
+    constants = nn.Module()
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op == "get_attr" and "." not in node.target and not hasattr(host, node.target):
+                if not hasattr(constants, node.target):
+                    constants.register_buffer(node.target, getattr(scratch, node.target), persistent=False)
+                node.target = f"_traced_constants.{node.target}"
+    if len(constants._buffers):
+        host._modules["_traced_constants"] = constants
+
+
+def _lost_assignments(scratch: nn.Module, before: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        f"{path + '.' if path else ''}{name} is assigned in the forward pass; the transformed model does not assign it"
+        for path, module in scratch.named_modules()
+        for name, value in _attributes(module).items()
+        if name not in ("training", "_modules")
+        and not name.startswith("_tensor_constant")
+        and (name not in before[path] or before[path][name] is not value)
+    ]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {**module.__dict__, **module._buffers}

@@ -1,0 +1,10 @@
+"""Operators on rows: each a dense PyTorch operator that computes, in its backward pass, some rows only.
+
+They know tensors and row sets, and nothing of graphs or models.
+"""
+
+from rwfx.ops.linear import masked_linear, row_linear
+from rwfx.ops.row_gradient import row_wgrad, take_rows
+from rwfx.ops.walk import walk
+
+__all__ = ["masked_linear", "row_linear", "row_wgrad", "take_rows", "walk"]

@@ -1,0 +1,101 @@
+"""The report of a transformed model: what was rewritten, what stayed dense and why, and what a step costs.
+
+In: the lines that ``rwfx.transform`` writes and the row counts of the last draw. Out: numbers, and a table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Line:
+    """One parameter with rows."""
+
+    weight: str
+    rows: int
+    features: int
+    calls: int  # how many times a forward pass uses it
+    input_grads: int  # at how many of these calls the backward pass also needs the input's gradient
+    dense_because: str = ""  # empty: its backward is row-sparse
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations of the linear calls in one training step; a multiply-add counts as two."""
+
+    forward: int
+    backward: int  # as computed: on the rows alone where the backward is sparse
+    dense_backward: int
+
+    @property
+    def total(self) -> int:
+        """The step as computed."""
+        return self.forward + self.backward
+
+    @property
+    def dense_total(self) -> int:
+        """The same step of the original model."""
+        return self.forward + self.dense_backward
+
+    @property
+    def share(self) -> float:
+        """``total / dense_total``."""
+        return self.total / self.dense_total
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of each weight, and the cost of a step with the row sets of the last training forward."""
+
+    lines: tuple[Line, ...]  # execution order, then what no linear call uses
+    mode: str
+    dx: str
+    kept_rows: Mapping[str, int]  # of the last draw; empty before the first
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """The weights with a row-sparse backward."""
+        return tuple(line.weight for line in self.lines if not line.dense_because)
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """The weights that stayed dense, and why."""
+        return {line.weight: line.dense_because for line in self.lines if line.dense_because}
+
+    def flops(self, batch_size: int = 1) -> Flops:
+        """The linear calls of one step on ``batch_size`` inputs (examples, or examples times tokens).
+
+        Per call on a weight ``(O, I)`` with K rows kept: forward ``2 B O I``; backward ``2 B K I`` for the
+        weight and, where the input needs a gradient, ``2 B K I`` for it (``2 B O I`` with ``dx="full"``).
+        A masked backward computes what the dense one does. Before the first draw, every row counts.
+        """
+        forward = backward = dense = 0
+        for line in self.lines:
+            product = 2 * batch_size * line.rows * line.features
+            kept = self.kept_rows.get(line.weight, line.rows) if self.mode == "sparse" else line.rows
+            on_rows = 2 * batch_size * kept * line.features
+            forward += product * line.calls
+            dense += product * (line.calls + line.input_grads)
+            backward += on_rows * line.calls + (product if self.dx == "full" else on_rows) * line.input_grads
+        return Flops(forward, backward, dense)
+
+    def __str__(self) -> str:
+        width = max(len(line.weight) for line in self.lines)
+        text = [f"{'weight':<{width}}  {'shape':>13}  {'rows kept':>13}  backward"]
+        for line in self.lines:
+            kept = self.kept_rows.get(line.weight)
+            share = "" if kept is None else f"{kept:>5} {kept / line.rows:>7.1%}"
+            how = f"dense: {line.dense_because}" if line.dense_because else self.mode
+            shape = f"{line.rows} x {line.features}"
+            text.append(f"{line.weight:<{width}}  {shape:>13}  {share:>13}  {how}")
+        if self.kept_rows:
+            flops = self.flops()
+            text.append(
+                f"multiply-adds per input: {flops.total // 2:,} of {flops.dense_total // 2:,} ({flops.share:.1%}); "
+                f"backward {flops.backward // 2:,} of {flops.dense_backward // 2:,}"
+            )
+        else:
+            text.append("no training forward yet: no rows drawn")
+        text += [f"note: {note}" for note in self.notes]
+        return "\n".join(text)

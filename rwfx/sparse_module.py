@@ -1,0 +1,119 @@
+"""The transformed model: a ``GraphModule`` that trains on row sets and evaluates as the original does."""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import GraphModule, _forward_from_src
+
+from rwfx.graph_pickle import read_graph, write_graph
+from rwfx.passes.sample_rows import SAMPLER
+from rwfx.report import Line, Report
+from rwfx.walk import RowSampler
+
+
+class SparseModule(GraphModule):
+    """What ``rwfx.transform`` returns.
+
+    It holds two graphs over one tree of modules. In train mode ``graph`` runs: it draws row sets and its
+    backward is confined to them. In eval mode ``eval_graph`` runs, the original's forward as it was traced.
+    Parameters and buffers are the original's own, and so are the keys of the ``state_dict``.
+    """
+
+    eval_graph: fx.Graph | None = None
+    lines: tuple[Line, ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def over(cls, host: nn.Module, train: fx.Graph, evaluation: fx.Graph, **about: Any) -> "SparseModule":
+        """Build from a host (``rwfx.capture``), which gives its modules, tensors and hooks, and two graphs."""
+        module = cls(nn.Module(), fx.Graph(), type(host).__name__)
+        own = dict(module.__dict__)
+        module.__dict__.update(
+            {k: v for k, v in host.__dict__.items() if k not in own or k.startswith(_SHARED)}
+        )
+        module.__dict__.update(about, eval_graph=evaluation, training=host.training)
+        module.graph = train
+        return module
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """The row sets of the last training forward: ``{weight: (K,) int64}``, sorted, without repeats."""
+        return self._sampler.row_sets()
+
+    @property
+    def report(self) -> Report:
+        """What was rewritten, what stayed dense and why, and the cost of the last step against dense."""
+        drawn = bool(self._sampler.state[1])
+        kept = {name: len(rows) for name, rows in self.rows.items()} if drawn else {}
+        return Report(self.lines, self.settings["mode"], self.settings["dx"], kept, self.notes)
+
+    def sampler_state(self) -> dict[str, Tensor]:
+        """The row sampler's random stream and last draw: with the ``state_dict``, what an exact resume needs."""
+        return self._sampler.sampler_state()
+
+    def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``sampler_state`` was taken.
+
+        Raises:
+            ValueError: the state does not fit this model; nothing is changed then.
+        """
+        self._sampler.load_sampler_state(state)
+
+    @property
+    def _sampler(self) -> RowSampler:
+        return self._modules[SAMPLER]  # type: ignore[return-value]
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """Generate the code of both graphs; called by ``fx`` when ``graph`` is set."""
+        code = super().recompile()
+        if self.eval_graph is not None:
+            evaluation = self.eval_graph.python_code(root_module="self")
+            cls = type(self)
+            cls.forward = _by_mode(cls.forward, _forward_from_src(evaluation.src, evaluation.globals, {}))
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModule":
+        copied = SparseModule.__new__(SparseModule)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.graph = copied._graph
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = dict(self.__dict__)
+        graphs = [write_graph(graph) for graph in (state.pop("_graph"), state.pop("eval_graph"))]
+        return _rebuild, (state, *graphs)
+
+
+def _rebuild(state: dict[str, Any], train: list[Any], evaluation: list[Any]) -> SparseModule:
+    module = SparseModule.__new__(SparseModule)
+    module.__dict__.update(state, eval_graph=read_graph(evaluation))
+    module.graph = read_graph(train)
+    return module
+
+
+# The tables of the host that a SparseModule takes over as they are, so that it shares every tensor and hook.
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent",
+    "_forward",
+    "_backward",
+    "_state_dict",
+    "_load",
+)
+
+
+def _by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(train)
+    def forward(self, *args, **kwargs):
+        return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
+
+    # Dynamo keeps its compiled code by code object: each model needs one of its own.
+    forward.__code__ = forward.__code__.replace()
+    return forward

@@ -1,0 +1,189 @@
+"""Random walks over the weight graph, and the module that draws a model's row sets with them.
+
+In: a ``WeightGraph`` and its weights. Out: row sets, or the walks themselves. A *walk* starts at a row of an
+output weight and steps towards the input: at row ``i`` it draws an input feature ``j`` with probability
+
+    p(j | i) ~ |W[i, j]| ** (1 / temperature)        (with probability epsilon uniformly instead)
+
+and goes on at the row that produces feature ``j``; where several rows are added there, at one of them, each
+with the same probability; where none is, it ends.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rwfx.labels import Junction, WeightUse
+from rwfx.ops.walk import Station, mix, pack_stations, sweep
+from rwfx.weight_graph import WeightGraph
+
+
+@dataclass(frozen=True)
+class WalkOptions:
+    """How the walks of a step are drawn; ``rwfx.transform`` describes each."""
+
+    num_paths: int
+    temperature: float = 1.0
+    epsilon: float = 0.0
+    min_rows: int = 1
+    resample_every: int = 1
+
+
+def random_walks(
+    graph: WeightGraph,
+    weights: Mapping[str, Tensor],
+    num_paths: int,
+    *,
+    temperature: float = 1.0,
+    epsilon: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Draw walks and return the walks themselves.
+
+    Args:
+        graph: from ``rwfx.weight_graph``.    weights: by name, such as ``dict(model.named_parameters())``.
+        seed: equal seeds give equal walks.
+
+    Returns:
+        ``(num_paths, len(graph.uses))`` int64: the row at which each walk passes each linear call, in
+        execution order; -1 where it does not pass.
+    """
+    names = list(graph.names)
+    stations, tables = stations_of(graph, names)
+    tensors = [weights[name].detach() for name in names]
+    device = tensors[0].device
+    walks = torch.full((num_paths, len(graph.uses)), -1, device=device)
+    column = {
+        station: k for k, station in enumerate(s for s in range(len(stations)) if stations[s].weight >= 0)
+    }
+    visits = sweep(
+        stations,
+        tensors,
+        [table.to(device) for table in tables],
+        list(graph.heads),
+        [ids.to(device) for ids in graph.heads.values()],
+        num_paths,
+        temperature,
+        epsilon,
+        torch.Generator(device).manual_seed(mix(seed, 0)),
+    )
+    for station, walks_P, rows_P in visits:
+        walks[walks_P, column[station]] = rows_P
+    return walks
+
+
+def stations_of(graph: WeightGraph, names: Sequence[str]) -> tuple[tuple[Station, ...], list[Tensor]]:
+    """The graph as the operator ``rwfx::walk`` takes it: stations, and a table for each."""
+    stations, tables = [], []
+    for number, s in enumerate(graph.stations):
+        targets = graph.station_of(graph.sources(number)).unique().tolist()
+        ends = -1 in targets
+        crossed = names.index(s.weight) if isinstance(s, WeightUse) else -1
+        stations.append(Station(crossed, s.base, s.size, tuple(t for t in targets if t >= 0), ends))
+        tables.append(torch.stack([s.members.double(), s.ways]) if isinstance(s, Junction) else s.feature_map)
+    return tuple(stations), tables
+
+
+class RowSampler(nn.Module):
+    """Draws the row sets of a training step; it lives in the transformed model's graph.
+
+    Called with the weights of ``crossed``, in order, it returns a row set for each weight of ``kept``. Without
+    gradients nothing is drawn, and the row sets that are returned are empty.
+
+    It has no entries in a ``state_dict``, so that a transformed model's are those of its original; what a
+    resumed run needs is in ``state`` (seed, steps) and ``last_rows``, ``last_counts`` (the last draw).
+    """
+
+    state: Tensor
+    last_rows: Tensor
+    last_counts: Tensor
+
+    def __init__(self, graph: WeightGraph, kept: Sequence[str], options: WalkOptions, seed: int) -> None:
+        super().__init__()
+        self.options = options
+        self.kept = tuple(kept)
+        self.crossed = tuple(graph.names)
+        self._kept = [self.crossed.index(name) for name in kept]
+        stations, tables = stations_of(graph, self.crossed)
+        self._layout = pack_stations(stations)
+        self._heads = list(graph.heads)
+        self._tables = _Buffers(tables)
+        self._starts = _Buffers(graph.heads.values())
+        self.sizes = [graph.rows(name) for name in kept]
+        self.register_buffer("last_rows", torch.zeros(sum(self.sizes), dtype=torch.int64), persistent=False)
+        # Not buffers: they stay on the CPU wherever the model goes, so that reading them never waits for a GPU.
+        self.state = torch.tensor([seed, 0])
+        self.last_counts = torch.zeros(len(kept), dtype=torch.int64)
+
+    def forward(self, *weights: Tensor) -> list[Tensor]:
+        """Row sets for this step: ``(K,)`` int64, sorted, one per weight of ``kept``."""
+        if not torch.is_grad_enabled():
+            return [self.last_rows.new_empty(0) for _ in self.kept]
+        options = self.options
+        *rows, last_rows, last_counts = torch.ops.rwfx.walk.default(
+            list(weights),
+            self._kept,
+            list(self._tables.buffers()),
+            self._heads,
+            list(self._starts.buffers()),
+            self._layout,
+            self.state,
+            self.last_rows,
+            self.last_counts,
+            options.num_paths,
+            options.temperature,
+            options.epsilon,
+            options.min_rows,
+            options.resample_every,
+        )
+        self.state[1] += 1
+        self.last_rows.copy_(last_rows)
+        self.last_counts.copy_(last_counts)
+        return rows
+
+    def row_sets(self) -> dict[str, Tensor]:
+        """The row sets of the last draw, by weight; empty before the first."""
+        rows = self.last_rows[: int(self.last_counts.sum())].split(self.last_counts.tolist())
+        first = 0
+        sets = {}
+        for name, size, part in zip(self.kept, self.sizes, rows, strict=True):
+            sets[name] = part - first
+            first += size
+        return sets
+
+    def sampler_state(self) -> dict[str, Tensor]:
+        """What a resumed run needs to go on with the same draws."""
+        return {
+            "state": self.state.clone(),
+            "last_rows": self.last_rows.cpu().clone(),
+            "last_counts": self.last_counts.clone(),
+        }
+
+    def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``sampler_state`` was taken.
+
+        Raises:
+            ValueError: the state is that of another model or is incomplete; nothing is changed then.
+        """
+        own = self.sampler_state()
+        for name, tensor in own.items():
+            given = state.get(name)
+            if not isinstance(given, Tensor) or given.shape != tensor.shape or given.dtype != tensor.dtype:
+                met = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+                raise ValueError(
+                    f"sampler state {name!r} is {met}, this model needs {tensor.dtype} {tuple(tensor.shape)}: "
+                    "it was saved from a model with other weights or other weights kept dense."
+                )
+        for name in own:
+            getattr(self, name).copy_(state[name])
+
+
+class _Buffers(nn.Module):
+    """A list of tensors that moves with its module and has no part in the ``state_dict``."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        for k, tensor in enumerate(tensors):
+            self.register_buffer(str(k), tensor, persistent=False)

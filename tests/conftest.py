@@ -1,0 +1,16 @@
+import os
+import sys
+from pathlib import Path
+
+# A compiled artifact of an earlier version of an operator must not answer for this one.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))  # so that the tests can import oracles and zoo
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
