@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
 
@@ -33,14 +33,20 @@ def sparse_backward(
     graph = rewritten.graph
     nodes = {node.name: node for node in graph.nodes}
     names = {id(p): name for name, p in reversed(list(rewritten.named_parameters(remove_duplicate=False)))}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in rules or node.args[1].op != "get_attr":
-            continue
-        weight = names[id(rewritten.get_parameter(node.args[1].target))]
+    calls = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in rules and node.args[1].op == "get_attr":
+            calls.append((node, names[id(rewritten.get_parameter(node.args[1].target))]))
+    kept: dict[Any, Node] = {}
+    for node, weight in calls:
         if weight not in rows:
             continue
+        drawn = nodes[rows[weight]]
+        shared = grad == "rows" and sum(weight == other for _, other in calls) > 1
+        arguments = (*node.args, drawn, dx, grad)
+        if shared:
+            arguments += (None, *[_keep(rewritten, parameter, drawn, kept) for parameter in node.args[1:3]])
         with graph.inserting_before(node):
-            arguments = (*node.args, nodes[rows[weight]], dx, grad)
             call = graph.create_node("call_function", rules[node.target], arguments, name=node.name)
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
@@ -48,3 +54,17 @@ def sparse_backward(
     graph.lint()
     rewritten.recompile()
     return rewritten
+
+
+def _keep(gm: GraphModule, parameter: Node | None, rows: Node, kept: dict[Any, Node]) -> Node | None:
+    """The rows of a parameter that several calls share, gathered once for all of them."""
+    if parameter is None:
+        return None
+    name = str(parameter.target)
+    key = id(gm.get_parameter(name)), rows
+    if key not in kept:
+        with gm.graph.inserting_after(rows):
+            again = gm.graph.get_attr(name)
+        with gm.graph.inserting_after(again):
+            kept[key] = gm.graph.call_function(torch.ops.rwfx.keep_rows.default, (again, rows))
+    return kept[key]

@@ -29,9 +29,7 @@ def verify(gm: GraphModule, model: nn.Module, rows: Mapping[str, str]) -> GraphM
     return gm
 
 
-def same_outputs(
-    model: nn.Module, transformed: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> bool:
+def same_outputs(model: nn.Module, transformed: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether both give the same outputs, bit for bit, from the same random stream, in their present mode.
 
     Buffers and the global random stream are left as they were.

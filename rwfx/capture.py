@@ -10,6 +10,7 @@ originals, so that moving, loading or replacing a tensor in one is seen in the o
 
 import inspect
 import linecache
+import pickle
 import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -67,8 +68,7 @@ def shared_copy(module: nn.Module, _copies: dict[int, nn.Module] | None = None) 
         copy = copies[id(module)] = module.__class__.__new__(module.__class__)
         copy.__dict__.update(module.__dict__)
         copy.__dict__["_modules"] = {
-            name: None if child is None else shared_copy(child, copies)
-            for name, child in module._modules.items()
+            name: None if child is None else shared_copy(child, copies) for name, child in module._modules.items()
         }
     return copies[id(module)]
 
@@ -104,18 +104,12 @@ def _check_traceable(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError("model is compiled. Transform the model first, then compile what comes out of it.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ValueError(
-            f"model is wrapped in {name}. Transform model.module first, then wrap what comes out of it."
-        )
+        raise ValueError(f"model is wrapped in {name}. Transform model.module first, then wrap what comes out of it.")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "model is a ScriptModule, which torch.fx cannot trace. Give the nn.Module it was made from."
-        )
+        raise ValueError("model is a ScriptModule, which torch.fx cannot trace. Give the nn.Module it was made from.")
     lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
-        raise ValueError(
-            f"parameter {lazy[0]!r} is lazy and has no shape yet. Run the model once on a batch first."
-        )
+        raise ValueError(f"parameter {lazy[0]!r} is lazy and has no shape yet. Run the model once on a batch first.")
 
 
 class _Tracer(fx.Tracer):
@@ -172,16 +166,16 @@ def _bind(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set
         raise ValueError(f"example_inputs do not fit {type(root).__name__}.forward: {error}.") from error
 
 
-def _random_streams() -> tuple[Tensor, Any, Any]:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1:3]
+def _random_streams() -> tuple[Tensor, bytes]:
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002  the global stream is what a model may read
+    return torch.get_rng_state(), pickle.dumps(others)
 
 
-def _restore_streams(before: tuple[Tensor, Any, Any]) -> bool:
-    """Whether tracing drew from a global stream; torch's is put back."""
-    state, python, numpy = _random_streams()
+def _restore_streams(before: tuple[Tensor, bytes]) -> bool:
+    """Whether a global random stream was drawn from; torch's is put back."""
+    state, others = _random_streams()
     torch.set_rng_state(before[0])
-    same_numpy = np.array_equal(numpy[0], before[2][0]) and numpy[1] == before[2][1]
-    return not (torch.equal(state, before[0]) and python == before[1] and same_numpy)
+    return not (torch.equal(state, before[0]) and others == before[1])
 
 
 def _explain(error: Exception, model_name: str, path: str | None) -> str:

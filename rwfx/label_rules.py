@@ -56,9 +56,7 @@ def _product(run, function, args, kwargs):
     # A factor that is broadcast is a gate (one number for many features); the features are the other's.
     operands = operands_of(args, kwargs)
     shape = _broadcast_shape(operands)
-    full = [
-        x for x in operands if isinstance(x, Labels) and x.ids.shape == shape and bool((x.ids >= 0).any())
-    ]
+    full = [x for x in operands if isinstance(x, Labels) and x.ids.shape == shape and bool((x.ids >= 0).any())]
     return _meet(run, full or operands)
 
 
@@ -103,15 +101,13 @@ def _structural(run, function, args, kwargs):
 def _cat(run, function, args, kwargs):
     parts = list(args[0] if args else kwargs["tensors"])
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-    unknown = [k for k, part in enumerate(parts) if isinstance(part, Everywhere)]
-    if unknown and len(unknown) < len(parts):
-        if unknown[-1] - unknown[0] >= len(unknown):
-            raise UnknownShape(f"{run.node.name} needs the widths of its inputs")
-        shape = list(next(part.ids.shape for part in parts if isinstance(part, Labels)))
-        shape[dim] = run.widths.setdefault(run.node.name, 0)
-        # Side by side, several parts of unknown width are one.
-        parts[unknown[0]] = Labels(torch.full(shape, run.any_of([parts[k] for k in unknown])))
-        parts = [part for k, part in enumerate(parts) if k not in unknown[1:]]
+    known = [part.ids.shape for part in parts if isinstance(part, Labels)]
+    if known:
+        nodes = run.node.args[0] if run.node.args else run.node.kwargs["tensors"]
+        parts = [
+            part if isinstance(part, Labels) else run.widen(part, node.name, known[0], dim)
+            for part, node in zip(parts, nodes, strict=True)
+        ]
     return _structural(run, torch.cat, (parts, dim), {})
 
 
@@ -119,9 +115,7 @@ def _stack(run, function, args, kwargs):
     parts = args[0] if args else kwargs["tensors"]
     known = [part.ids.shape for part in parts if isinstance(part, Labels)]
     if known:
-        parts = [
-            part if isinstance(part, Labels) else Labels(torch.full(known[0], part.id)) for part in parts
-        ]
+        parts = [part if isinstance(part, Labels) else Labels(torch.full(known[0], part.id)) for part in parts]
     return _structural(run, function, (parts, *args[1:]), {k: v for k, v in kwargs.items() if k != "tensors"})
 
 
@@ -264,6 +258,4 @@ def operation_of(module: nn.Module) -> str:
         return _MODULES[kind]
     package, _, file = kind.__module__.rpartition(".")
     weighted = isinstance(module, nn.MultiheadAttention)
-    return (
-        _FILES.get(file, kind.__name__) if package == "torch.nn.modules" and not weighted else kind.__name__
-    )
+    return _FILES.get(file, kind.__name__) if package == "torch.nn.modules" and not weighted else kind.__name__

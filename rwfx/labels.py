@@ -71,9 +71,7 @@ class Trail:
     notes: tuple[str, ...]  # where an operation without a rule was met
 
 
-def follow_rows(
-    gm: GraphModule, names: Mapping[int, str], shapes: Mapping[str, torch.Size] | None = None
-) -> Trail:
+def follow_rows(gm: GraphModule, names: Mapping[int, str], shapes: Mapping[str, torch.Size] | None = None) -> Trail:
     """Run ``gm`` on labels.
 
     Args:
@@ -116,7 +114,7 @@ def _run(
 
 
 class _Width(Exception):
-    """An input of unknown width that is concatenated to known features must be this wide."""
+    """A tensor of unknown width that is concatenated to known features must be this wide."""
 
     def __init__(self, node: str, width: int) -> None:
         self.node, self.width = node, width
@@ -136,6 +134,7 @@ class _LabelRun(fx.Interpreter):
         self.names, self.shapes, self.lead, self.widths = names, shapes or {}, lead, widths
         self.stations: list[WeightUse | Junction] = []
         self.notes: list[str] = []
+        self.marks: list[str] = []  # nodes of unknown width that were concatenated
         self.ways = torch.empty(0, dtype=torch.float64)  # the rows behind each id
 
     def run_node(self, n: Node) -> Any:
@@ -145,25 +144,26 @@ class _LabelRun(fx.Interpreter):
             return Labels(torch.full(self.shapes[n.name], value.id))
         return value
 
-    def placeholder(self, target, args, kwargs) -> Any:
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return Everywhere(-1)
 
-    def get_attr(self, target, args, kwargs) -> Any:
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return _constant(self.fetch_attr(target))
 
-    def call_module(self, target, args, kwargs) -> Any:
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         return self.apply(operation_of(module), module, args, kwargs)
 
-    def call_method(self, target, args, kwargs) -> Any:
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.apply(target, getattr(torch.Tensor, target, None), args, kwargs)
 
-    def call_function(self, target, args, kwargs) -> Any:
-        if target is F.linear and self.node.args[1].op == "get_attr":
-            return self.weighted(args[0], self.fetch_attr(self.node.args[1].target))
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        weight = self.node.args[1] if target is F.linear else None
+        if isinstance(weight, Node) and weight.op == "get_attr":
+            return self.weighted(args[0], self.fetch_attr(str(weight.target)))
         return self.apply(getattr(target, "__name__", str(target)), target, args, kwargs)
 
-    def apply(self, operation: str, function: Callable[..., Any] | None, args, kwargs) -> Any:
+    def apply(self, operation: str, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
         """Follow the rule of an operation, found by its name."""
         operands = operands_of(args, kwargs)
         if not operands:
@@ -176,9 +176,7 @@ class _LabelRun(fx.Interpreter):
         """An operation without a rule: every row that goes in may come out everywhere."""
         spread = self.any_of(operands)
         if spread >= 0:
-            self.notes.append(
-                f"{self.node.name}: {operation} has no label rule; walks cross it to any row before it"
-            )
+            self.notes.append(f"{self.node.name}: {operation} has no label rule; walks cross it to any row before it")
         return Everywhere(spread)
 
     def any_of(self, operands: list[Labels | Everywhere]) -> int:
@@ -197,9 +195,11 @@ class _LabelRun(fx.Interpreter):
         lead = self.shapes[self.node.name][:-1] if self.shapes else self.lead
         if isinstance(x, Everywhere):
             feature_map = torch.full((features,), x.id)
+            self.widths[self.node.all_input_nodes[0].name] = features
         else:
-            self.check_width(x.ids.shape[-1], features)
-            feature_map, lead = self.gather(x.ids.reshape(-1, features).t()), x.ids.shape[:-1]
+            self.check_width(x.ids, features)
+            feature_map = self.gather(x.ids.reshape(-1, features).t()).clamp(min=-1)
+            lead = x.ids.shape[:-1]
         base = len(self.ways)
         name = self.names[id(weight)]
         calls = 1 + sum(isinstance(s, WeightUse) and s.weight == name for s in self.stations)
@@ -208,19 +208,30 @@ class _LabelRun(fx.Interpreter):
         self.ways = torch.cat([self.ways, torch.ones(rows, dtype=torch.float64)])
         return Labels(torch.arange(base, base + rows).expand(*lead, rows))
 
-    def check_width(self, given: int, needed: int) -> None:
-        """Refuse a wrong guess; learn the width of an input that was concatenated on the way here."""
-        if given == needed:
+    def widen(self, x: Everywhere, name: str, shape: torch.Size, dim: int) -> Labels:
+        """Give a tensor of unknown shape that of its neighbours in a concatenation, but for its width."""
+        if name not in self.widths:
+            if x.id >= 0:
+                raise UnknownShape(f"{self.node.name} needs the shape of {name}")
+            # A mark in place of "no row", one wide: the next weighted call counts the marks and finds the width.
+            self.marks += [] if name in self.marks else [name]
+            x = Everywhere(-2 - self.marks.index(name))
+        wide = list(shape)
+        wide[dim] = self.widths.get(name, 1)
+        return Labels(torch.full(wide, x.id))
+
+    def check_width(self, ids: Tensor, needed: int) -> None:
+        """Refuse a wrong guess of shapes; find the width of what was concatenated with unknown width."""
+        missing = needed - ids.shape[-1]
+        if missing == 0:
             return
-        before, queue = set(), [self.node]
-        while queue:
-            fresh = [node for node in queue.pop().all_input_nodes if node.name not in before]
-            before.update(node.name for node in fresh)
-            queue += fresh
-        unknown = [name for name, width in self.widths.items() if width == 0 and name in before]
-        if len(unknown) == 1 and needed > given:
-            raise _Width(unknown[0], needed - given)
-        raise UnknownShape(f"{self.node.name} takes {needed} features and was given {given}")
+        marks, counts = ids.reshape(-1, ids.shape[-1])[0].unique(return_counts=True)
+        unknown = marks < -1
+        if unknown.sum() == 1 and missing % int(counts[unknown]) == 0:
+            width = 1 + missing // int(counts[unknown])
+            if width >= 0:
+                raise _Width(self.marks[-2 - int(marks[unknown])], width)
+        raise UnknownShape(f"{self.node.name} takes {needed} features and was given {ids.shape[-1]}")
 
     def meet(self, ids: list[Tensor]) -> Tensor:
         """The ids where tensors of one shape are added."""

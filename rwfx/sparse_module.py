@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode
 from torch.fx.graph_module import GraphModule, _forward_from_src
 
 from rwfx.graph_pickle import read_graph, write_graph
@@ -32,9 +33,7 @@ class SparseModule(GraphModule):
         """Build from a host (``rwfx.capture``), which gives its modules, tensors and hooks, and two graphs."""
         module = cls(nn.Module(), fx.Graph(), type(host).__name__)
         own = dict(module.__dict__)
-        module.__dict__.update(
-            {k: v for k, v in host.__dict__.items() if k not in own or k.startswith(_SHARED)}
-        )
+        module.__dict__.update({k: v for k, v in host.__dict__.items() if k not in own or k.startswith(_SHARED)})
         module.__dict__.update(about, eval_graph=evaluation, training=host.training)
         module.graph = train
         return module
@@ -67,7 +66,7 @@ class SparseModule(GraphModule):
     def _sampler(self) -> RowSampler:
         return self._modules[SAMPLER]  # type: ignore[return-value]
 
-    def recompile(self) -> fx.graph.PythonCode:
+    def recompile(self) -> PythonCode:
         """Generate the code of both graphs; called by ``fx`` when ``graph`` is set."""
         code = super().recompile()
         if self.eval_graph is not None:
@@ -110,10 +109,9 @@ _SHARED = (
 
 
 def _by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(train)
     def forward(self, *args, **kwargs):
         return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
 
     # Dynamo keeps its compiled code by code object: each model needs one of its own.
     forward.__code__ = forward.__code__.replace()
-    return forward
+    return functools.update_wrapper(forward, train)

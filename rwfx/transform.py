@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from rwfx.capture import Capture, capture, split_inputs
+from rwfx.capture import Capture, capture, shared_copy, split_inputs
 from rwfx.passes.normalize import normalize
 from rwfx.passes.sample_rows import SAMPLER, sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
@@ -111,9 +111,7 @@ def transform(
     return sparse_model
 
 
-def _lines(
-    gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Sequence[str]
-) -> tuple[Line, ...]:
+def _lines(gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Sequence[str]) -> tuple[Line, ...]:
     """A line per parameter with rows: those of the linear calls in execution order, then the rest."""
     calls = {node.name: node for node in gm.graph.nodes}
     lines, every_name = [], []
@@ -130,7 +128,8 @@ def _lines(
         else:
             reason = ""
         input_grads = sum(_needs_gradient(gm, calls[use.node].args[0]) for use in uses)
-        lines.append(Line(weight, *parameter.shape, len(uses), input_grads, reason))
+        num_rows, features = parameter.shape
+        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason))
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
@@ -140,9 +139,7 @@ def _lines(
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every_name):
             known = ", ".join(line.weight for line in lines)
-            raise ValueError(
-                f"dense names {pattern!r}, which matches no weight or module; the weights are {known}."
-            )
+            raise ValueError(f"dense names {pattern!r}, which matches no weight or module; the weights are {known}.")
     return tuple(lines)
 
 
@@ -158,7 +155,7 @@ def _needs_gradient(gm: GraphModule, node: Any) -> bool:
         if at.op == "call_module":
             parameters: Iterable[Any] = gm.get_submodule(str(at.target)).parameters()
         else:
-            parameters = [gm.get_parameter(at.target)] if _is_parameter(gm, at) else []
+            parameters = [gm.get_parameter(str(at.target))] if _is_parameter(gm, at) else []
         if any(p.requires_grad for p in parameters):
             return True
         queue += [n for n in at.all_input_nodes if n not in seen]
@@ -177,7 +174,7 @@ def _check_replay(model: nn.Module, sparse_model: SparseModule, example_inputs: 
     if example_inputs is None:
         return
     args, kwargs = split_inputs(example_inputs)
-    if not same_outputs(model, sparse_model, args, kwargs):
+    if not same_outputs(shared_copy(model), sparse_model, args, kwargs):
         raise ValueError(
             f"the captured graph of {type(model).__name__} gives other outputs than the model on example_inputs, so "
             "its forward pass does something that tracing froze (a branch or a number computed in Python)."
@@ -185,9 +182,7 @@ def _check_replay(model: nn.Module, sparse_model: SparseModule, example_inputs: 
 
 
 def _patterns(dense: Any) -> tuple[str, ...]:
-    patterns = (
-        (dense,) if isinstance(dense, str) else tuple(dense) if isinstance(dense, Iterable) else (dense,)
-    )
+    patterns = (dense,) if isinstance(dense, str) else tuple(dense) if isinstance(dense, Iterable) else (dense,)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"dense must hold names of weights or modules (str), got {pattern!r}.")
@@ -202,9 +197,7 @@ def _check_options(options: WalkOptions) -> None:
     _check_number("resample_every", options.resample_every, Integral, 1)
 
 
-def _check_number(
-    name: str, value: Any, kind: type, low: float, high: float = inf, above: bool = False
-) -> None:
+def _check_number(name: str, value: Any, kind: type, low: float, high: float = inf, above: bool = False) -> None:
     wanted = "a whole number" if kind is Integral else "a number"
     bounds = f"above {low}" if above else f"at least {low}" if high == inf else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, kind):

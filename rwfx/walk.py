@@ -55,9 +55,7 @@ def random_walks(
     tensors = [weights[name].detach() for name in names]
     device = tensors[0].device
     walks = torch.full((num_paths, len(graph.uses)), -1, device=device)
-    column = {
-        station: k for k, station in enumerate(s for s in range(len(stations)) if stations[s].weight >= 0)
-    }
+    column = {station: k for k, station in enumerate(s for s in range(len(stations)) if stations[s].weight >= 0)}
     visits = sweep(
         stations,
         tensors,

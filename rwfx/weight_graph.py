@@ -63,9 +63,7 @@ class WeightGraph:
         for station in reversed(range(len(self.stations))):
             if station in at:
                 at.update(self.station_of(self.sources(station)).tolist())
-        return frozenset(
-            s.weight for i, s in enumerate(self.stations) if i in at and isinstance(s, WeightUse)
-        )
+        return frozenset(s.weight for i, s in enumerate(self.stations) if i in at and isinstance(s, WeightUse))
 
     def leaves(self, ids: Tensor) -> Tensor:
         """The ids of weight rows that ``ids`` lead to across junctions; distinct, sorted."""
@@ -155,9 +153,7 @@ def graph_of(gm: GraphModule, captured: Capture, example_inputs: Any = None) -> 
 
     graph = WeightGraph(trail.stations, {}, {}, trail.notes)
     if not graph.uses:
-        raise ValueError(
-            "the model has no linear weight: no nn.Linear, F.linear or x @ weight.t() on a parameter."
-        )
+        raise ValueError("the model has no linear weight: no nn.Linear, F.linear or x @ weight.t() on a parameter.")
     ids = graph.leaves(trail.output_ids)
     if not len(ids):
         raise ValueError("no row of a linear weight reaches an output of the model, so no walk can start.")

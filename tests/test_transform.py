@@ -129,9 +129,7 @@ def test_modes_of_model_and_transformed_model_are_independent():
 
 
 @by_name([Modules, Heads, Twice])
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_goes_on_as_the_original_does(kind, clone):
     model = make(kind)
     sparse = rwfx.transform(model, num_paths=3, grad="rows")
@@ -265,9 +263,7 @@ def test_a_linear_module_with_hooks_stays_dense_and_is_reported():
 
 
 def test_what_has_no_rule_stays_dense_and_walks_go_on_behind_it():
-    model = nn.Sequential(
-        nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(6, 3)
-    )
+    model = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(6, 3))
     sparse = rwfx.transform(model, num_paths=4)
     sparse(torch.randn(2, 6)).sum().backward()
     assert sparse.report.sparse == ("0.weight", "4.weight")

@@ -26,6 +26,8 @@ def row_linear(
     dx: str = "rows",
     grad: str = "dense",
     dtype: torch.dtype | None = None,
+    kept_weight: Tensor | None = None,
+    kept_bias: Tensor | None = None,
 ) -> Tensor:
     """``y = x @ weight.T + bias``; the backward computes only ``rows`` of the parameters' gradients.
 
@@ -43,6 +45,10 @@ def row_linear(
         grad: ``"dense"`` gives ``dw`` and ``db`` with zeros outside the rows; ``"rows"`` gives them as
             row gradients (``rwfx.ops.row_gradient``), which hold the rows alone.
         dtype: the type to compute in; autocast fills it in. A gradient has the type of its parameter.
+        kept_weight, kept_bias: ``rwfx.ops.keep_rows`` of both, where several calls share a weight. They
+            receive the gradients then, and ``weight`` and ``bias`` none: those of all calls are summed on
+            the rows before they are made row gradients, since two of these cannot be added in a
+            compiled graph.
 
     What needs no gradient (a frozen weight, the model's input) costs nothing in the backward pass.
 
@@ -61,6 +67,8 @@ def masked_linear(
     dx: str = "rows",
     grad: str = "dense",
     dtype: torch.dtype | None = None,
+    kept_weight: Tensor | None = None,
+    kept_bias: Tensor | None = None,
 ) -> Tensor:
     """``y = x @ weight.T + bias``; the backward is dense and then masked to ``rows``.
 
@@ -88,19 +96,20 @@ def _linear(x, weight, bias, rows, dtype):
 
 @row_linear.register_fake
 @masked_linear.register_fake
-def _fake(x, weight, bias, rows, dx="rows", grad="dense", dtype=None):
+def _fake(x, weight, bias, rows, dx="rows", grad="dense", dtype=None, kept_weight=None, kept_bias=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, _, rows, ctx.dx, ctx.grad, dtype = inputs
+    x, weight, _, rows, ctx.dx, ctx.grad, dtype, kept_weight, _ = inputs
     ctx.save_for_backward(x, weight, rows)
     ctx.dtype = dtype or x.dtype
+    ctx.kept = kept_weight is not None
 
 
 def _row_backward(ctx, g):
     x, weight, rows = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_x, needs_weight, needs_bias = _needs(ctx)
     num_rows = weight.shape[0]
     g_BO = g.reshape(-1, num_rows)
     g_BK = g_BO.index_select(1, rows)
@@ -110,39 +119,57 @@ def _row_backward(ctx, g):
             dx = g_BO @ weight.to(ctx.dtype)
         else:
             dx = g_BK @ weight.index_select(0, rows).to(ctx.dtype)
-        dx = dx.reshape(x.shape).to(x.dtype)
     if needs_weight:
         x_BI = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        if ctx.grad == "rows":
+        if ctx.grad == "rows" and not ctx.kept:
             dw = row_wgrad(g_BK, x_BI, rows, num_rows, weight.dtype)
         else:
-            dw = weight.new_zeros(weight.shape).index_copy(0, rows, (g_BK.t() @ x_BI).to(weight.dtype))
+            dw = (g_BK.t() @ x_BI).to(weight.dtype)
+            dw = dw if ctx.kept else weight.new_zeros(weight.shape).index_copy(0, rows, dw)
     if needs_bias:
-        if ctx.grad == "rows":
+        if ctx.grad == "rows" and not ctx.kept:
             db = row_wgrad(g_BK, None, rows, num_rows, weight.dtype)
         else:
-            db = weight.new_zeros(num_rows).index_copy(0, rows, g_BK.sum(0).to(weight.dtype))
-    return dx, dw, db, None, None, None, None
+            db = g_BK.sum(0).to(weight.dtype)
+            db = db if ctx.kept else weight.new_zeros(num_rows).index_copy(0, rows, db)
+    return _gradients(ctx, x, dx, dw, db)
 
 
 def _masked_backward(ctx, g):
     x, weight, rows = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_x, needs_weight, needs_bias = _needs(ctx)
     num_rows = weight.shape[0]
     g_BO = g.reshape(-1, num_rows)
     # Filled, not multiplied: a masked entry is zero also where the dense one is not finite.
     masked_O = torch.ones(num_rows, dtype=torch.bool, device=g.device).index_fill(0, rows, False)
+
+    def mask(dense):
+        if ctx.kept:
+            return dense.index_select(0, rows)
+        if ctx.grad == "rows":
+            return take_rows(dense, rows)
+        return dense.masked_fill(masked_O.view(-1, *[1] * (dense.dim() - 1)), 0)
+
     dx = dw = db = None
     if needs_x:
         dx = (g_BO if ctx.dx == "full" else g_BO.masked_fill(masked_O, 0)) @ weight.to(ctx.dtype)
-        dx = dx.reshape(x.shape).to(x.dtype)
     if needs_weight:
-        dw = (g_BO.t() @ x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(weight.dtype)
-        dw = take_rows(dw, rows) if ctx.grad == "rows" else dw.masked_fill(masked_O[:, None], 0)
+        dw = mask((g_BO.t() @ x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(weight.dtype))
     if needs_bias:
-        db = g_BO.sum(0).to(weight.dtype)
-        db = take_rows(db, rows) if ctx.grad == "rows" else db.masked_fill(masked_O, 0)
-    return dx, dw, db, None, None, None, None
+        db = mask(g_BO.sum(0).to(weight.dtype))
+    return _gradients(ctx, x, dx, dw, db)
+
+
+def _needs(ctx) -> tuple[bool, bool, bool]:
+    needs = (*ctx.needs_input_grad, False, False)  # arguments left at their default have no entry
+    return needs[0], *(needs[7:9] if ctx.kept else needs[1:3])
+
+
+def _gradients(ctx, x, dx, dw, db):
+    if dx is not None:
+        dx = dx.reshape(x.shape).to(x.dtype)
+    parameters = (None, None, None, None, None, None, dw, db) if ctx.kept else (dw, db, *[None] * 6)
+    return dx, *parameters
 
 
 row_linear.register_autograd(_row_backward, setup_context=_save)
@@ -156,11 +183,12 @@ def _follow_autocast(op: str, device: str, key: str) -> None:
     cast on its rows alone.
     """
 
-    def kernel(x, weight, bias, rows, dx="rows", grad="dense", dtype=None):
+    def kernel(x, weight, bias, rows, dx="rows", grad="dense", dtype=None, kept_weight=None, kept_bias=None):
         # Autocast leaves double precision alone.
         lowered = None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
         with torch.amp.autocast(device, enabled=False):
-            return getattr(torch.ops.rwfx, op).default(x, weight, bias, rows, dx, grad, lowered)
+            call = getattr(torch.ops.rwfx, op).default
+            return call(x, weight, bias, rows, dx, grad, lowered, kept_weight, kept_bias)
 
     torch.library.impl(f"rwfx::{op}", key)(kernel)
 

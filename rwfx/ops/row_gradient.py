@@ -51,6 +51,43 @@ def _(dense, rows):
     return _pack(torch.empty_like(rows), values, dense.shape[0])
 
 
+@torch.library.custom_op("rwfx::keep_rows", mutates_args=())
+def keep_rows(parameter: Tensor, rows: Tensor) -> Tensor:
+    """``parameter[rows]``, a copy ``(K, ...)``, whose gradient reaches the parameter as a row gradient."""
+    return parameter.index_select(0, rows)
+
+
+@keep_rows.register_fake
+def _(parameter, rows):
+    return parameter.new_empty((rows.shape[0], *parameter.shape[1:]))
+
+
+@torch.library.custom_op("rwfx::pack_rows", mutates_args=())
+def pack_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """The row gradient ``(num_rows, ...)`` with these ``values`` ``(K, ...)``, which are copied."""
+    # A copy: a compiled graph may use the memory of an operator's input again.
+    return _pack(rows.clone(), values.clone(), num_rows)
+
+
+@pack_rows.register_fake
+def _(values, rows, num_rows):
+    let_inductor_compare_sparse()
+    return _pack(torch.empty_like(rows), torch.empty_like(values), num_rows)
+
+
+def _keep_setup(ctx, inputs, output) -> None:
+    parameter, rows = inputs
+    ctx.save_for_backward(rows)
+    ctx.num_rows = parameter.shape[0]
+
+
+def _keep_backward(ctx, g):
+    return pack_rows(g, ctx.saved_tensors[0], ctx.num_rows), None
+
+
+keep_rows.register_autograd(_keep_backward, setup_context=_keep_setup)
+
+
 def _pack(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:
     # The invariants hold by construction; to check them would read the rows on every step.
     return torch.sparse_coo_tensor(

@@ -165,9 +165,7 @@ def sweep(
         if not waiting[s]:
             continue
         station, table = stations[s], tables[s]
-        walks_P, ids_P = (
-            part[0] if len(part) == 1 else torch.cat(part) for part in zip(*waiting[s], strict=True)
-        )
+        walks_P, ids_P = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*waiting[s], strict=True))
         waiting[s] = []
         rows_P = ids_P - station.base
         if station.weight >= 0:
