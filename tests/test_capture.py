@@ -55,7 +55,7 @@ def test_a_forward_that_draws_while_traced_is_refused():
 
         return Noisy()
 
-    for draw in (lambda: torch.rand(2), random.random, lambda: np.random.rand()):
+    for draw in (lambda: torch.rand(2), random.random, np.random.random_sample):
         model, state = by(draw), torch.get_rng_state()
         with pytest.raises(ValueError, match="draws random numbers while it is traced"):
             rwfx.transform(model)

@@ -1,3 +1,5 @@
+import itertools
+
 import networkx as nx
 import pytest
 import torch
@@ -169,7 +171,7 @@ def test_to_networkx_by_row_has_an_edge_per_pair_that_a_walk_can_cross():
     walks = rwfx.random_walks(weight_graph, dict(model.named_parameters()), 200)
     for walk in walks.tolist():
         passed = [(use.name, row) for use, row in zip(weight_graph.uses, walk, strict=True) if row >= 0]
-        assert all(graph.has_edge(a, b) for a, b in zip(passed, passed[1:], strict=False))
+        assert all(graph.has_edge(a, b) for a, b in itertools.pairwise(passed))
     with pytest.raises(ValueError, match="level must be"):
         weight_graph.to_networkx("rows")
 

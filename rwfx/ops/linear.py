@@ -162,7 +162,8 @@ def _masked_backward(ctx, g):
 
 def _needs(ctx) -> tuple[bool, bool, bool]:
     needs = (*ctx.needs_input_grad, False, False)  # arguments left at their default have no entry
-    return needs[0], *(needs[7:9] if ctx.kept else needs[1:3])
+    needs_weight, needs_bias = needs[7:9] if ctx.kept else needs[1:3]
+    return needs[0], needs_weight, needs_bias
 
 
 def _gradients(ctx, x, dx, dw, db):

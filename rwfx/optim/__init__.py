@@ -1,0 +1,22 @@
+"""SGD, Adam and AdamW that touch only the rows they are given.
+
+In: parameters whose ``.grad`` is dense, or a *row gradient*: a hybrid ``torch.sparse_coo`` tensor with
+``sparse_dim=1``, indices ``(1, K)`` (the rows) and values ``(K, ...)`` (their gradients), the layout of
+``nn.Embedding(sparse=True)``. Out: the parameters, updated in place.
+
+For a dense gradient each is its ``torch.optim`` namesake, whose arguments, hooks and ``state_dict`` it has. For a row
+gradient it is one such namesake *per row*: a row that is not drawn keeps its weights and its moments, and does not age.
+
+>>> import torch, rwfx.optim
+>>> w = torch.nn.Parameter(torch.ones(3, 2))
+>>> w.grad = torch.sparse_coo_tensor([[2]], torch.tensor([[1.0, 2.0]]), w.shape)
+>>> rwfx.optim.SGD([w], lr=0.5).step()
+>>> w.tolist()
+[[1.0, 1.0], [1.0, 1.0], [0.5, 0.0]]
+"""
+
+from rwfx.optim.adam import Adam
+from rwfx.optim.adamw import AdamW
+from rwfx.optim.sgd import SGD
+
+__all__ = ["SGD", "Adam", "AdamW"]

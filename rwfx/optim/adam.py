@@ -1,0 +1,97 @@
+"""Adam on rows."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rwfx.optim.rows import (
+    Group,
+    States,
+    add_rows,
+    count_update,
+    per_row,
+    read_rows,
+    row_state,
+    step_dense_and_rows,
+    write_rows,
+)
+
+
+class Adam(torch.optim.Adam):
+    """``torch.optim.Adam`` that touches only the rows of a row gradient. Arguments, defaults and hooks are the same.
+
+    With a dense gradient it is ``torch.optim.Adam``. With a row gradient, where ``g = dw[rows]``:
+
+        t[rows] = t[rows] + 1
+        g       = g + weight_decay * w[rows]
+        m[rows] = beta1 * m[rows] + (1 - beta1) * g
+        v[rows] = beta2 * v[rows] + (1 - beta2) * g**2
+        m_hat   = m[rows] / (1 - beta1**t[rows])
+        v_hat   = v[rows] / (1 - beta2**t[rows])
+        w[rows] = w[rows] - lr * m_hat / (sqrt(v_hat) + eps)
+
+    With ``amsgrad``, ``v_hat`` is made of the largest ``v[rows]`` so far; with ``decoupled_weight_decay``, the second
+    line is ``w[rows] = (1 - lr * weight_decay) * w[rows]``. Other rows of ``w``, ``m``, ``v`` and ``t`` stay as they
+    are: a row first drawn at step 900 is at its step 1. ``torch.optim.SparseAdam`` differs in that one ``t`` counts
+    for all rows, so that the bias correction of a late row is missing, and in that it refuses dense gradients and
+    has no weight decay and no amsgrad.
+
+    State of a parameter that has had a row gradient: ``exp_avg`` (m), ``exp_avg_sq`` (v) and, with ``amsgrad``,
+    ``max_exp_avg_sq``, of its shape, and ``step`` (t), ``(O,)`` float32.
+
+    Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, algorithm 1; amsgrad: Reddi, Kale &
+    Kumar, "On the Convergence of Adam and Beyond", ICLR 2018.
+
+    Raises:
+        ValueError: at ``step``, before anything is changed: a sparse gradient that is not a row gradient, or a row
+            gradient with ``differentiable=True``.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; ``closure`` reevaluates the model and returns the loss."""
+        return step_dense_and_rows(self, torch.optim.Adam.step, update_rows, closure)
+
+
+def update_rows(w: Tensor, rows: Tensor, g: Tensor, group: Group, states: States) -> None:
+    """The equations of ``Adam``. ``w``: ``(O, ...)``. ``rows``: ``(K,)``. ``g``: ``(K, ...)``, not written to."""
+    # A beta on a device is read back once here, where torch.optim.Adam's own loop reads it too.
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(()).to(w.device)
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+    state = row_state(w, states, *names)
+    exp_avg, exp_avg_sq, *max_exp_avg_sq = (state[name] for name in names)
+    if w.is_complex():
+        # The real and the imaginary part are two weights, as in torch.optim.Adam.
+        w, g, exp_avg, exp_avg_sq = (torch.view_as_real(x) for x in (w, g, exp_avg, exp_avg_sq))
+        max_exp_avg_sq = [torch.view_as_real(x) for x in max_exp_avg_sq]
+
+    w_rows = read_rows(w, rows, g.dtype) if weight_decay != 0 else None
+    if w_rows is not None and not group["decoupled_weight_decay"]:
+        g = g.add(w_rows, alpha=weight_decay)
+    m = read_rows(exp_avg, rows, g.dtype).lerp_(g, 1 - beta1)
+    write_rows(exp_avg, rows, m)
+    v = read_rows(exp_avg_sq, rows, g.dtype).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    write_rows(exp_avg_sq, rows, v)
+    for of in max_exp_avg_sq:
+        v = torch.maximum(v, read_rows(of, rows, g.dtype))
+        write_rows(of, rows, v)
+
+    # lr * m_hat / (sqrt(v_hat) + eps) = lr_hat * m / (sqrt(v) + eps_hat), the order Kingma & Ba advise at the end of
+    # their section 2: what is corrected is (K,) numbers, not (K, ...).
+    t = count_update(state["step"], rows).to(g.dtype)
+    correction1, correction2 = bias_correction(beta1, t), bias_correction(beta2, t).sqrt_()
+    lr_hat, eps_hat = per_row(correction2 * lr / correction1, g), per_row(correction2 * eps, g)
+    # sqrt as 1 / rsqrt: on a CPU sqrt takes four times as long for a zero, and where inputs are often zero, so is v.
+    step = m.div_(v.rsqrt_().reciprocal_().add_(eps_hat)).mul_(lr_hat)
+    if w_rows is not None and group["decoupled_weight_decay"]:
+        step.add_(w_rows.mul_(lr * weight_decay))
+    add_rows(w, rows, step, alpha=-1)
+
+
+def bias_correction(beta: float, t: Tensor) -> Tensor:
+    """``1 - beta**t``, by ``expm1``: for a ``beta`` close to one the difference loses four digits in float32."""
+    return torch.expm1(t * (math.log(beta) if beta else -math.inf)).neg_()
