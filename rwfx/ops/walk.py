@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from math import inf
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def sweep(
         station, table = stations[s], tables[s]
         walks_P, ids_P = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*waiting[s], strict=True))
         waiting[s] = []
-        rows_P = ids_P - station.base
+        rows_P = ids_P - station.base if station.base else ids_P
         if station.weight >= 0:
             yield s, walks_P, rows_P
             features_P = draw_features(weights[station.weight], rows_P, temperature, epsilon, generator)
@@ -193,15 +194,14 @@ def draw_features(
         size_PI = (size_PI / size_PI.amax(1, keepdim=True)) ** (1 / temperature)
     sum_PI = size_PI.cumsum(1)
     total_P1 = sum_PI[:, -1:]
-    num_features = weight.shape[1]
-    u_P, v_P, w_P = torch.rand(3, len(rows_P), generator=generator, device=rows_P.device, dtype=sum_PI.dtype)
-    # The last feature with weight ends at the total itself; u * total may round up to it.
-    below_P1 = torch.minimum(u_P[:, None] * total_P1, torch.nextafter(total_P1, torch.zeros_like(total_P1)))
-    # right=True: a feature of weight zero has the sum of its neighbour, and is stepped over.
-    features_P = torch.searchsorted(sum_PI, below_P1, right=True).squeeze(1)
-    total_P = total_P1.squeeze(1)
-    uniform_P = ~(torch.isfinite(total_P) & (total_P > 0)) | (w_P < epsilon)
-    return torch.where(uniform_P, _uniform(num_features, v_P), features_P)
+    u_P1, v_P1 = torch.rand(2, len(rows_P), 1, generator=generator, device=rows_P.device, dtype=sum_PI.dtype)
+    # u is at most one minus half a unit in the last place, so that u * total stays below a normal total. With
+    # right=True a feature of weight zero, whose sum is its neighbour's, is stepped over.
+    features_P1 = torch.searchsorted(sum_PI, u_P1 * total_P1, right=True)
+    by_weight_P1 = (total_P1 > torch.finfo(total_P1.dtype).tiny) & (total_P1 < inf)
+    if epsilon > 0:
+        by_weight_P1 &= torch.rand(v_P1.shape, generator=generator, device=rows_P.device) >= epsilon
+    return torch.where(by_weight_P1, features_P1, _uniform(weight.shape[1], v_P1)).squeeze(1)
 
 
 def _draw_member(table: Tensor, places_P: Tensor, generator: torch.Generator) -> Tensor:
@@ -212,8 +212,7 @@ def _draw_member(table: Tensor, places_P: Tensor, generator: torch.Generator) ->
 
 
 def _uniform(n: int, u: Tensor) -> Tensor:
-    # In float32 u may be so near to one that u * n rounds up to n.
-    return (u * n).long().clamp_(max=n - 1)
+    return (u * n).long()  # below n, as above
 
 
 def _count(seen_R: Tensor, first_row: list[int]) -> tuple[Tensor, list[int]]:
