@@ -1,0 +1,34 @@
+"""What a training step costs: operations counted, and scalars updated."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from rwfx.checkpoint import random_state_kept
+
+
+def dense_flops(network: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Count the floating point operations of a dense forward and backward of ``network`` on ``inputs``.
+
+    It is done by doing it, with gradients, buffers and random streams left as they were.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with random_state_kept(), FlopCounterMode(display=False) as counter:
+        outputs = torch.func.functional_call(network, buffers, tuple(inputs))
+        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        total = sum(leaf.sum() for leaf in leaves if leaf.requires_grad)
+        assert isinstance(total, Tensor)
+        torch.autograd.grad(total, parameters, allow_unused=True)
+    return counter.get_total_flops()
+
+
+def updated_scalars(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the scalars of the gradients: those of its rows only where a gradient is row-sparse."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return sum(
+        gradient.coalesce().values().numel() if gradient.is_sparse else gradient.numel() for gradient in gradients
+    )

@@ -1,0 +1,7 @@
+"""``python -m rwfx.experiments``."""
+
+import sys
+
+from rwfx.experiments.cli import main
+
+sys.exit(main())

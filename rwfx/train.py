@@ -1,0 +1,387 @@
+"""Train a model with row-sparse, masked or plain dense steps, and record what each step cost.
+
+In: a model and a loader of batches ``(input, ..., target)``. Out: the model, trained in place, and its
+``History``.
+
+``rw_sparse`` trains ``rwfx.transform(model, mode="sparse", grad="rows")`` and ``rw_masked`` the same with
+``mode="masked"``, both with ``rwfx.optim``; ``full`` trains the model as it is with ``torch.optim`` (fused).
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+import rwfx.optim
+from rwfx import checkpoint as checkpoints
+from rwfx.checkpoint import (
+    Checkpoint,
+    loader_generators,
+    random_state,
+    random_state_kept,
+    restore_random_state,
+)
+from rwfx.cost import dense_flops, updated_scalars
+from rwfx.history import History, Record
+from rwfx.sparse_module import SparseModule
+from rwfx.transform import transform
+
+MODES = {"rw_sparse": "sparse", "rw_masked": "masked", "full": None}
+"""The trainer's modes, and the ``mode`` of ``rwfx.transform`` that each one trains with."""
+
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+"""The optimizers that go by a name, in ``rwfx.optim`` and ``torch.optim`` alike."""
+
+
+class RandomWalkTrainer:
+    """Trains ``model`` on the rows that random walks visit, or densely, to compare with.
+
+    Attributes:
+        model: the given model; its parameters are the ones that are trained.
+        network: the module that is stepped: what ``rwfx.transform`` made (with its ``rows`` and ``report``),
+            or the model itself in mode ``"full"``.
+        optimizer: the optimizer of the model's trainable parameters.
+        history: what the steps so far have done.
+
+    Args:
+        model: any model that ``rwfx.transform`` takes; in mode ``"full"``, any model.
+        mode: a key of ``MODES``.
+        num_paths: walks a step; mode ``"full"`` has none.
+        optimizer: a key of ``OPTIMIZERS``, or a function from the list of parameters to an ``Optimizer`` (one
+            that takes row gradients, unless the mode is ``"full"`` or ``grad="dense"`` is among the options).
+        lr: the learning rate of an optimizer given by name.
+        loss_fn: ``loss_fn(network(*inputs), target)`` is the scalar that is minimised.
+        epochs: passes over the loader in a ``fit``.
+        device: where to train; the model is moved there. By default it stays where its parameters are.
+        compile: step through ``torch.compile``; the first step's seconds then include the compilation.
+        seed: of the row sampler's own stream. Everything else (dropout, shuffling) follows the global
+            generators and the loader's, which the trainer never seeds.
+        checkpoint: a file to write the run to, so that it can be resumed.
+        checkpoint_every: steps between two checkpoints, besides the one at the end; by default one an epoch.
+        eval_every: steps between two evaluations, besides the one at the end; by default one an epoch.
+        progress: show a progress bar.
+        transform_options: further arguments of ``rwfx.transform``.
+
+    Raises:
+        ValueError: an argument is outside what is allowed, or the model has nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str = "rw_sparse",
+        num_paths: int = 50,
+        *,
+        optimizer: str | Callable[[list[nn.Parameter]], Optimizer] = "adam",
+        lr: float = 1e-3,
+        loss_fn: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
+        epochs: int = 1,
+        device: torch.device | str | None = None,
+        compile: bool = False,
+        seed: int | None = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        eval_every: int | None = None,
+        progress: bool = True,
+        **transform_options: Any,
+    ) -> None:
+        _check_choice("mode", mode, MODES)
+        _check_counts(num_paths=num_paths, epochs=epochs)
+        _check_counts(optional=True, checkpoint_every=checkpoint_every, eval_every=eval_every)
+        if isinstance(optimizer, str) or not callable(optimizer):
+            _check_choice("optimizer", optimizer, OPTIMIZERS, "or a function from parameters to an Optimizer")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be an nn.Module, given {type(model).__name__}.")
+        if checkpoint_every is not None and checkpoint is None:
+            raise ValueError(f"checkpoint_every={checkpoint_every} needs a file: give checkpoint=PATH.")
+        if MODES[mode] is None and transform_options:
+            raise ValueError(f"mode 'full' transforms nothing, so it takes no {sorted(transform_options)}.")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train.")
+
+        self.model = model.to(device) if device is not None else model
+        self.device = parameters[0].device
+        self.mode = mode
+        self.network, namesakes, fused = self.model, torch.optim, {"fused": True}
+        if (how := MODES[mode]) is not None:
+            options = {"grad": "rows", **transform_options}
+            self.network = transform(self.model, num_paths, mode=how, seed=seed, **options)
+            namesakes, fused = rwfx.optim, {}
+        if isinstance(optimizer, str):
+            self.optimizer = getattr(namesakes, OPTIMIZERS[optimizer])(parameters, lr=lr, **fused)
+        else:
+            self.optimizer = optimizer(parameters)
+        self.history = History()
+        self.loss_fn = loss_fn
+        self.epochs = epochs
+        self.progress = progress
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint_every = checkpoint_every
+        self.eval_every = eval_every
+        self._settings = {"mode": mode, "lr": float(lr)}
+        if how is not None:
+            self._settings |= {"num_paths": num_paths, "seed": seed, **_described(transform_options)}
+        # Without fullgraph, row sets whose sizes only the data decide would break the graph.
+        self._stepped = torch.compile(self.network, fullgraph=how is not None) if compile else self.network
+        self._parameters = parameters
+        self._dense_flops: dict[tuple[torch.Size, ...], int] = {}
+
+    def fit(self, train_loader: Iterable, test_loader: Iterable | None = None, resume: bool = False) -> History:
+        """Train for ``epochs`` passes over ``train_loader`` and give the history of all steps so far.
+
+        See ``steps`` for the arguments and what is raised.
+        """
+        done = len(self.history)
+        records = self.steps(train_loader, test_loader, resume)
+        length = _length(train_loader)
+        with tqdm(
+            total=None if length is None else self.epochs * length,
+            initial=len(self.history) - done,
+            desc=self.mode,
+            unit="step",
+            disable=not self.progress,
+        ) as bar:
+            shown = {}
+            for record in records:
+                shown["loss"] = f"{record.loss:.4f}"
+                if record.test_accuracy is not None:
+                    shown["test accuracy"] = f"{record.test_accuracy:.4f}"
+                bar.set_postfix(shown, refresh=False)
+                bar.update()
+        return self.history
+
+    def steps(
+        self, train_loader: Iterable, test_loader: Iterable | None = None, resume: bool = False
+    ) -> Iterator[Record]:
+        """Train step by step: a record after each, so that several runs can take turns in one process.
+
+        Args:
+            train_loader: an iterable of batches ``(input, ..., target)`` that can be gone through once an
+                epoch. Its ``generator``, its sampler's and its batch sampler's are part of a checkpoint; an
+                order of batches that comes from anything else must be the same at every pass.
+            test_loader: batches to measure the accuracy on, the largest output being the answer. The random
+                streams are left as they were, so a run is the same with and without it.
+            resume: go on from the checkpoint file; from the beginning where there is none yet. The random
+                streams of torch, numpy and ``random`` are then put back to where they were as well.
+
+        Raises:
+            ValueError: the checkpoint file exists and ``resume`` is not asked for (nothing is overwritten by
+                accident), it is damaged, or it belongs to a run of another configuration; nothing has changed
+                then. While training: a batch is not a sequence of tensors, or an epoch has no batches.
+        """
+        if resume and self.checkpoint is None:
+            raise ValueError("resume=True needs the file to go on from: give checkpoint=PATH.")
+        exists = self.checkpoint is not None and self.checkpoint.exists()
+        if exists and not resume:
+            raise ValueError(
+                f"checkpoint {str(self.checkpoint)!r} exists already. Pass resume=True to go on from it, "
+                f"or give another path (or remove the file) to start from the beginning."
+            )
+        start = self._restore(train_loader) if exists else None
+        return self._train(train_loader, test_loader, start)
+
+    def _train(
+        self, train_loader: Iterable, test_loader: Iterable | None, start: Checkpoint | None
+    ) -> Iterator[Record]:
+        generators = loader_generators(train_loader)
+        for epoch in range(start.epoch if start else 0, self.epochs):
+            if start:
+                restore_random_state(start.epoch_start, generators)
+            epoch_start = random_state(generators)
+            batches = enumerate(train_loader, start=1)
+            if start and start.batch:
+                for _ in range(start.batch):
+                    next(batches, None)
+                restore_random_state(start.now, generators)
+            start = None
+            yield from self._train_epoch(epoch, batches, epoch_start, train_loader, test_loader)
+
+    def _train_epoch(
+        self,
+        epoch: int,
+        batches: Iterator[tuple[int, Sequence[Tensor]]],
+        epoch_start: dict[str, Any],
+        train_loader: Iterable,
+        test_loader: Iterable | None,
+    ) -> Iterator[Record]:
+        """Train on the rest of an epoch, looking one batch ahead to know which is the last."""
+        following = next(batches, None)
+        if following is None:
+            raise ValueError(
+                f"the train_loader ({type(train_loader).__name__}) gave no batch in epoch {epoch + 1}. "
+                f"It must hold at least one, and be something that can be gone through once an epoch."
+            )
+        generators = loader_generators(train_loader)
+        while following is not None:
+            number, batch = following
+            self.history.append(self._step(batch))
+            step = self.history.step[-1]
+            # The next batch may draw from the random streams: their state after this step is read before.
+            now = random_state(generators) if _due(self.checkpoint_every, step) else None
+            following = next(batches, None)
+            ends_epoch = following is None
+            ends = ends_epoch and epoch + 1 == self.epochs
+            if test_loader is not None and (ends or _due(self.eval_every, step, ends_epoch)):
+                self.history.test_accuracy[-1] = self.evaluate(test_loader)
+            if self.checkpoint is not None and (ends or _due(self.checkpoint_every, step, ends_epoch)):
+                if ends_epoch:
+                    now = epoch_start = random_state(generators)
+                    self._save(train_loader, epoch + 1, 0, epoch_start, now)
+                else:
+                    self._save(train_loader, epoch, number, epoch_start, now)
+            yield self.history[-1]
+
+    def _step(self, batch: Sequence[Tensor]) -> Record:
+        """Train on one batch; only forward, backward and update are timed."""
+        *inputs, target = _tensors(batch, self.device)
+        self.network.train()
+        started = self._clock()
+        self.optimizer.zero_grad()
+        loss = self.loss_fn(self._stepped(*inputs), target)
+        loss.backward()
+        self.optimizer.step()
+        seconds = self._clock() - started
+        past = self.history[-1] if len(self.history) else Record(0, 0.0, 0, 0, 0.0)
+        return Record(
+            step=past.step + 1,
+            seconds=past.seconds + seconds,
+            parameter_updates=past.parameter_updates + updated_scalars(self._parameters),
+            flops=past.flops + self.step_flops(inputs),
+            loss=loss.item(),
+        )
+
+    def step_flops(self, inputs: Sequence[Tensor]) -> int:
+        """Count the operations of a step on ``inputs`` with the rows of the last training forward.
+
+        A dense step's are counted as it is done, once for every shape of the inputs; a sparse step's are its
+        share of them by the network's report.
+        """
+        shapes = tuple(value.shape for value in inputs)
+        if shapes not in self._dense_flops:
+            self._dense_flops[shapes] = dense_flops(self.model, inputs)
+        dense = self._dense_flops[shapes]
+        if not isinstance(self.network, SparseModule):
+            return dense
+        one = self.network.report.flops(1)
+        return dense * one.total // one.dense_total
+
+    def evaluate(self, loader: Iterable) -> float:
+        """Measure the share of ``loader``'s targets that the largest output names."""
+        mode = self.network.training
+        self.network.eval()
+        right = count = 0
+        with random_state_kept(), torch.no_grad():
+            for batch in loader:
+                *inputs, target = _tensors(batch, self.device)
+                right += int((self.network(*inputs).argmax(-1) == target).sum())
+                count += target.numel()
+        self.network.train(mode)
+        if not count:
+            raise ValueError(f"the test_loader ({type(loader).__name__}) gave no batch.")
+        return right / count
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _configuration(self, train_loader: Iterable) -> dict[str, Any]:
+        kind = type(self.optimizer)
+        return {
+            **self._settings,
+            "optimizer": f"{kind.__module__}.{kind.__qualname__}",
+            "batches an epoch": _length(train_loader),
+            "generators of the loader": len(loader_generators(train_loader)),
+            **checkpoints.shapes(self.network),
+        }
+
+    def _save(
+        self,
+        train_loader: Iterable,
+        epoch: int,
+        batch: int,
+        epoch_start: dict[str, Any],
+        now: dict[str, Any] | None,
+    ) -> None:
+        assert self.checkpoint is not None
+        assert now is not None
+        checkpoints.save(
+            self.checkpoint,
+            Checkpoint(
+                configuration=self._configuration(train_loader),
+                model=self.network.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                sampler=self.network.sampler_state() if isinstance(self.network, SparseModule) else {},
+                history=self.history.columns(),
+                epoch=epoch,
+                batch=batch,
+                epoch_start=epoch_start,
+                now=now,
+            ),
+        )
+
+    def _restore(self, train_loader: Iterable) -> Checkpoint:
+        """Take on the state in the checkpoint file, all but the random streams, or change nothing."""
+        assert self.checkpoint is not None
+        saved = checkpoints.load(self.checkpoint)
+        found = checkpoints.differences(self._configuration(train_loader), saved.configuration)
+        if found:
+            raise ValueError(
+                f"checkpoint {str(self.checkpoint)!r} belongs to another run: {'; '.join(found)}. "
+                f"Nothing was changed. Give the trainer the file's configuration, or another checkpoint path."
+            )
+        try:  # the optimizer checks its state before it takes any of it; the rest has been compared above
+            self.optimizer.load_state_dict(saved.optimizer)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"checkpoint {str(self.checkpoint)!r} is of another optimizer: {error}") from error
+        if isinstance(self.network, SparseModule):
+            self.network.load_sampler_state(saved.sampler)
+        self.network.load_state_dict(saved.model)
+        self.history = History(**saved.history)
+        return saved
+
+
+def _tensors(batch: Any, device: torch.device) -> list[Tensor]:
+    parts = batch if isinstance(batch, Sequence) else []
+    if len(parts) < 2 or not all(isinstance(part, Tensor) for part in parts):
+        what = [type(part).__name__ for part in parts] or type(batch).__name__
+        raise ValueError(f"a batch must be a sequence of tensors (input, ..., target), given {what}.")
+    return [part.to(device, non_blocking=True) for part in parts]
+
+
+def _due(every: int | None, step: int, otherwise: bool = False) -> bool:
+    return otherwise if every is None else step % every == 0
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _described(options: dict[str, Any]) -> dict[str, str]:
+    """Word the options that decide what is computed; example inputs only help to trace."""
+    return {name: repr(value) for name, value in sorted(options.items()) if name != "example_inputs"}
+
+
+def _check_choice(name: str, given: Any, allowed: Iterable[str], also: str = "") -> None:
+    if not isinstance(given, str) or given not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{name} must be one of {choices}{' ' + also if also else ''}; given {given!r}.")
+
+
+def _check_counts(*, optional: bool = False, **counts: Any) -> None:
+    for name, given in counts.items():
+        if optional and given is None:
+            continue
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise ValueError(f"{name} must be a whole number from 1{' or None' if optional else ''}; given {given!r}.")
