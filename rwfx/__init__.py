@@ -9,11 +9,24 @@ once         model --capture--> GraphModule --weight_graph--> WeightGraph
 every step   row sampler: WeightGraph, |W| --walks--> row sets --> row-sparse ops --> row gradients --> optimizer
 """
 
-from rwfx import ops, optim
+from rwfx import draw, ops, optim
+from rwfx.history import History
 from rwfx.sparse_module import SparseModule
+from rwfx.train import RandomWalkTrainer
 from rwfx.transform import transform
 from rwfx.walk import random_walks
 from rwfx.weight_graph import WeightGraph, weight_graph
 
 __version__ = "0.1.0"
-__all__ = ["SparseModule", "WeightGraph", "ops", "optim", "random_walks", "transform", "weight_graph"]
+__all__ = [
+    "History",
+    "RandomWalkTrainer",
+    "SparseModule",
+    "WeightGraph",
+    "draw",
+    "ops",
+    "optim",
+    "random_walks",
+    "transform",
+    "weight_graph",
+]

@@ -129,8 +129,7 @@ class RandomWalkTrainer:
         self._settings = {"mode": mode, "lr": float(lr)}
         if how is not None:
             self._settings |= {"num_paths": num_paths, "seed": seed, **_described(transform_options)}
-        # Without fullgraph, row sets whose sizes only the data decide would break the graph.
-        self._stepped = torch.compile(self.network, fullgraph=how is not None) if compile else self.network
+        self._stepped = torch.compile(self.network) if compile else self.network
         self._parameters = parameters
         self._dense_flops: dict[tuple[torch.Size, ...], int] = {}
 

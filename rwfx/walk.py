@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rwfx.labels import Junction, WeightUse
-from rwfx.ops.walk import Station, mix, pack_stations, sweep
+from rwfx.ops.walk import Station, mix, pack_stations, read_last, sweep
 from rwfx.weight_graph import WeightGraph
 
 
@@ -91,12 +91,11 @@ class RowSampler(nn.Module):
     gradients nothing is drawn, and the row sets that are returned are empty.
 
     It has no entries in a ``state_dict``, so that a transformed model's are those of its original; what a
-    resumed run needs is in ``state`` (seed, steps) and ``last_rows``, ``last_counts`` (the last draw).
+    resumed run needs is in ``state`` (seed, steps) and ``last`` (the last draw).
     """
 
     state: Tensor
-    last_rows: Tensor
-    last_counts: Tensor
+    last: Tensor
 
     def __init__(self, graph: WeightGraph, kept: Sequence[str], options: WalkOptions, seed: int) -> None:
         super().__init__()
@@ -109,55 +108,44 @@ class RowSampler(nn.Module):
         self._heads = list(graph.heads)
         self._tables = _Buffers(tables)
         self._starts = _Buffers(graph.heads.values())
-        self.sizes = [graph.rows(name) for name in kept]
-        self.register_buffer("last_rows", torch.zeros(sum(self.sizes), dtype=torch.int64), persistent=False)
-        # Not buffers: they stay on the CPU wherever the model goes, so that reading them never waits for a GPU.
+        self.sizes = tuple(graph.rows(name) for name in kept)
+        last = torch.zeros(len(kept) + sum(self.sizes), dtype=torch.int64)
+        self.register_buffer("last", last, persistent=False)
+        # Not a buffer: it stays on the CPU wherever the model goes, so that reading it never waits for a GPU.
         self.state = torch.tensor([seed, 0])
-        self.last_counts = torch.zeros(len(kept), dtype=torch.int64)
+        self._tick = torch.tensor([0, 1])
 
     def forward(self, *weights: Tensor) -> list[Tensor]:
         """Row sets for this step: ``(K,)`` int64, sorted, one per weight of ``kept``."""
         if not torch.is_grad_enabled():
-            return [self.last_rows.new_empty(0) for _ in self.kept]
+            return [self.last.new_empty(0) for _ in self.kept]
         options = self.options
-        *rows, last_rows, last_counts = torch.ops.rwfx.walk.default(
-            list(weights),
+        *rows, last = torch.ops.rwfx.walk.default(
+            [weight.detach() for weight in weights],
             self._kept,
-            list(self._tables.buffers()),
+            self._tables.tensors(),
             self._heads,
-            list(self._starts.buffers()),
+            self._starts.tensors(),
             self._layout,
             self.state,
-            self.last_rows,
-            self.last_counts,
+            self.last,
             options.num_paths,
             options.temperature,
             options.epsilon,
             options.min_rows,
             options.resample_every,
         )
-        self.state[1] += 1
-        self.last_rows.copy_(last_rows)
-        self.last_counts.copy_(last_counts)
+        self.last.copy_(last)
+        self.state.add_(self._tick)
         return rows
 
     def row_sets(self) -> dict[str, Tensor]:
         """The row sets of the last draw, by weight; empty before the first."""
-        rows = self.last_rows[: int(self.last_counts.sum())].split(self.last_counts.tolist())
-        first = 0
-        sets = {}
-        for name, size, part in zip(self.kept, self.sizes, rows, strict=True):
-            sets[name] = part - first
-            first += size
-        return sets
+        return dict(zip(self.kept, read_last(self.last, self.sizes), strict=True))
 
     def sampler_state(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on with the same draws."""
-        return {
-            "state": self.state.clone(),
-            "last_rows": self.last_rows.cpu().clone(),
-            "last_counts": self.last_counts.clone(),
-        }
+        return {"state": self.state.clone(), "last": self.last.cpu().clone()}
 
     def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where ``sampler_state`` was taken.
@@ -185,3 +173,6 @@ class _Buffers(nn.Module):
         super().__init__()
         for k, tensor in enumerate(tensors):
             self.register_buffer(str(k), tensor, persistent=False)
+
+    def tensors(self) -> list[Tensor]:
+        return list(self._buffers.values())  # type: ignore[arg-type]

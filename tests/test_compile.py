@@ -99,3 +99,13 @@ def test_autocast_compiles():
         for ours, theirs in zip(sparse.parameters(), eager.parameters(), strict=True):
             assert ours.grad.dtype == torch.float32
             assert_close(to_dense(ours.grad), to_dense(theirs.grad), rtol=0.1, atol=0.3)
+
+
+def test_without_fullgraph_it_is_one_graph_too():
+    model = make(Residual)
+    counters.clear()
+    compiled = torch.compile(rwfx.transform(model, num_paths=3), backend="aot_eager")
+    for _ in range(3):
+        loss_of(compiled(*model.inputs()[0])).backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]

@@ -19,6 +19,7 @@ from math import inf
 
 import torch
 from torch import Tensor
+from torch._library.fake_impl import allocate_size
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ def walk(
     starts: list[Tensor],
     layout: list[int],
     state: Tensor,
-    last_rows: Tensor,
-    last_counts: Tensor,
+    last: Tensor,
     num_paths: int,
     temperature: float,
     epsilon: float,
@@ -62,42 +62,57 @@ def walk(
         heads, starts: per output weight, its station and the int64 ids that a walk starts at.
         layout: the stations, as ``pack_stations`` writes them.
         state: ``(2,)`` int64 on the CPU, the stream's seed and the number of steps so far.
-        last_rows, last_counts: the row sets of the last draw, as this call gave them.
+        last: the row sets of the last draw, as this call gave them.
         num_paths, temperature, epsilon, min_rows, resample_every: as in ``rwfx.transform``.
 
     Returns:
-        A row set per kept weight, then what to pass as ``last_rows`` and ``last_counts`` next time: ``(R,)``
-        numbers of the rows among all rows of the kept weights, filled up with zeros, and how many of
-        them each weight has, ``(len(kept),)`` on the CPU.
+        A row set per kept weight, then what to pass as ``last`` next time: ``(len(kept) + R,)`` int64, how many
+        rows each weight has and their numbers among all rows of the kept weights, filled up with zeros.
     """
     seed, step = state.tolist()
-    sizes = [weights[k].shape[0] for k in kept]
+    sizes = tuple(weights[k].shape[0] for k in kept)
     if step % resample_every:
-        counts = last_counts.tolist()
-        visited_V = last_rows[: sum(counts)]
-        return _row_sets(visited_V, counts, sizes) + [last_rows.clone(), last_counts.clone()]
+        return [*read_last(last, sizes), last.clone()]
 
-    generator = torch.Generator(last_rows.device).manual_seed(mix(seed, step))
+    generator = torch.Generator(last.device).manual_seed(mix(seed, step))
     stations = unpack_stations(tuple(layout))
-    first_row = _starts_of(sizes)
-    offset = dict(zip(kept, first_row, strict=True))
+    bounds = _bounds(sizes, last.device)
+    first_row = dict(zip(kept, _first_rows(sizes), strict=True))
     walks = sweep(stations, weights, tables, heads, starts, num_paths, temperature, epsilon, generator)
-    visits = [rows_P + offset[stations[s].weight] for s, _, rows_P in walks if stations[s].weight in offset]
-    seen_R = torch.zeros(sum(sizes), dtype=torch.bool, device=last_rows.device)
+    visits = [rows_P + first_row[stations[s].weight] for s, _, rows_P in walks if stations[s].weight in first_row]
+    seen_R = torch.zeros(sum(sizes), dtype=torch.bool, device=last.device)
     if visits:
         seen_R.index_fill_(0, torch.cat(visits), True)
-    visited_V, counts = _count(seen_R, first_row)
-    if min(counts) < min_rows:
-        for first, size, count in zip(first_row, sizes, counts, strict=True):
-            if count < min(min_rows, size):
-                unseen = (~seen_R[first : first + size]).nonzero().squeeze(1)
-                shuffled = torch.randperm(len(unseen), generator=generator, device=unseen.device)
-                seen_R[first + unseen[shuffled[: min(min_rows, size) - count]]] = True
-        visited_V, counts = _count(seen_R, first_row)
+    visited_V = seen_R.nonzero().squeeze(1)
+    counts = torch.searchsorted(visited_V, bounds).diff()
+    lacking = [(k, n) for k, n in enumerate(counts.tolist()) if n < min(min_rows, sizes[k])]
+    for k, n in lacking:
+        seen_O = seen_R.split(sizes)[k]
+        unseen = (~seen_O).nonzero().squeeze(1)
+        shuffled = torch.randperm(len(unseen), generator=generator, device=unseen.device)
+        seen_O[unseen[shuffled[: min(min_rows, sizes[k]) - n]]] = True
+    if lacking:
+        visited_V = seen_R.nonzero().squeeze(1)
+        counts = torch.searchsorted(visited_V, bounds).diff()
+    last = torch.cat([counts, visited_V, last.new_zeros(len(seen_R) - len(visited_V))])
+    return [*read_last(last, sizes), last]
 
-    padded_R = torch.zeros_like(last_rows)
-    padded_R[: len(visited_V)] = visited_V
-    return _row_sets(visited_V, counts, sizes) + [padded_R, torch.tensor(counts)]
+
+def read_last(last: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """The row sets that ``last`` holds, of weights with ``sizes`` rows each."""
+    counts = last[: len(sizes)].tolist()
+    parts = last[len(sizes) : len(sizes) + sum(counts)].split(counts)
+    return [part - first for part, first in zip(parts, _first_rows(sizes), strict=True)]
+
+
+@lru_cache(maxsize=64)
+def _first_rows(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(accumulate(sizes[:-1], initial=0))
+
+
+@lru_cache(maxsize=64)
+def _bounds(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([*_first_rows(sizes), sum(sizes)], device=device)
 
 
 @walk.register_fake
@@ -109,23 +124,23 @@ def _(
     starts,
     layout,
     state,
-    last_rows,
-    last_counts,
+    last,
     num_paths,
     temperature,
     epsilon,
     min_rows,
     resample_every,
 ):
-    context = torch.library.get_ctx()
+    shape_env = torch.library.get_ctx()._shape_env
 
     def row_set(size):
+        # What new_dynamic_size() does, but for its refusal unless the user has set
+        # torch._dynamo.config.capture_dynamic_output_shape_ops: a plain torch.compile(model) would be cut in two here.
         # A symbolic size happens only where an operator test makes every size symbolic.
-        bounds = {"min": min(min_rows, size), "max": size} if isinstance(size, int) else {}
-        return last_rows.new_empty((context.new_dynamic_size(**bounds),))
+        bounds = (min(min_rows, size), size) if isinstance(size, int) else ()
+        return last.new_empty((allocate_size(shape_env, *bounds),))
 
-    sets = [row_set(weights[k].shape[0]) for k in kept]
-    return sets + [torch.empty_like(last_rows), torch.empty_like(last_counts)]
+    return [*[row_set(weights[k].shape[0]) for k in kept], torch.empty_like(last)]
 
 
 def sweep(
@@ -186,13 +201,13 @@ def draw_features(
     With probability ``epsilon`` the draw is uniform instead; so it is from a row that is all zero or not
     finite. Returns ``(P,)`` int64.
     """
-    size_PI = weight.index_select(0, rows_P).abs()
+    size_PI = weight.index_select(0, rows_P).abs_()
     if size_PI.dtype in (torch.float16, torch.bfloat16):
         size_PI = size_PI.float()
     if temperature != 1.0:
         # Divided by the row's largest first: the power of a large weight would overflow.
         size_PI = (size_PI / size_PI.amax(1, keepdim=True)) ** (1 / temperature)
-    sum_PI = size_PI.cumsum(1)
+    sum_PI = size_PI.cumsum_(1)
     total_P1 = sum_PI[:, -1:]
     u_P1, v_P1 = torch.rand(2, len(rows_P), 1, generator=generator, device=rows_P.device, dtype=sum_PI.dtype)
     # u is at most one minus half a unit in the last place, so that u * total stays below a normal total. With
@@ -213,21 +228,6 @@ def _draw_member(table: Tensor, places_P: Tensor, generator: torch.Generator) ->
 
 def _uniform(n: int, u: Tensor) -> Tensor:
     return (u * n).long()  # below n, as above
-
-
-def _count(seen_R: Tensor, first_row: list[int]) -> tuple[Tensor, list[int]]:
-    visited_V = seen_R.nonzero().squeeze(1)
-    bounds = torch.tensor([*first_row, len(seen_R)], device=seen_R.device)
-    return visited_V, torch.searchsorted(visited_V, bounds).diff().tolist()
-
-
-def _row_sets(visited_V: Tensor, counts: list[int], sizes: list[int]) -> list[Tensor]:
-    parts = visited_V.split(counts)
-    return [part - first for part, first in zip(parts, _starts_of(sizes), strict=True)]
-
-
-def _starts_of(sizes: list[int]) -> list[int]:
-    return list(accumulate(sizes[:-1], initial=0))
 
 
 def mix(seed: int, step: int) -> int:

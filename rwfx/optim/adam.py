@@ -10,7 +10,7 @@ from rwfx.optim.rows import (
     Group,
     States,
     add_rows,
-    count_update,
+    count_updates,
     per_row,
     read_rows,
     row_state,
@@ -54,41 +54,54 @@ class Adam(torch.optim.Adam):
         return step_dense_and_rows(self, torch.optim.Adam.step, update_rows, closure)
 
 
-def update_rows(w: Tensor, rows: Tensor, g: Tensor, group: Group, states: States) -> None:
-    """The equations of ``Adam``. ``w``: ``(O, ...)``. ``rows``: ``(K,)``. ``g``: ``(K, ...)``, not written to."""
+def update_rows(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Group, states: States) -> None:
+    """The equations of ``Adam`` for a batch. ``w``: each ``(O, ...)``. ``rows``: each ``(K,)``.
+
+    ``g``: each ``(K, ...)``, not written to.
+    """
     # A beta on a device is read back once here, where torch.optim.Adam's own loop reads it too.
     beta1, beta2 = (float(beta) for beta in group["betas"])
     lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor):
-        lr = lr.reshape(()).to(w.device)
+        lr = lr.reshape(()).to(w[0].device)
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-    state = row_state(w, states, *names)
-    exp_avg, exp_avg_sq, *max_exp_avg_sq = (state[name] for name in names)
-    if w.is_complex():
+    state = [row_state(x, states, *names) for x in w]
+    moments = [[of[name] for of in state] for name in names]
+    if w[0].is_complex():
         # The real and the imaginary part are two weights, as in torch.optim.Adam.
-        w, g, exp_avg, exp_avg_sq = (torch.view_as_real(x) for x in (w, g, exp_avg, exp_avg_sq))
-        max_exp_avg_sq = [torch.view_as_real(x) for x in max_exp_avg_sq]
+        w, g, *moments = ([torch.view_as_real(x) for x in xs] for xs in (w, g, *moments))
+    exp_avg, exp_avg_sq, *max_exp_avg_sq = moments
+    dtype = g[0].dtype
 
-    w_rows = read_rows(w, rows, g.dtype) if weight_decay != 0 else None
+    w_rows = read_rows(w, rows, dtype) if weight_decay != 0 else None
     if w_rows is not None and not group["decoupled_weight_decay"]:
-        g = g.add(w_rows, alpha=weight_decay)
-    m = read_rows(exp_avg, rows, g.dtype).lerp_(g, 1 - beta1)
+        g = list(torch._foreach_add(g, w_rows, alpha=weight_decay))
+    m = read_rows(exp_avg, rows, dtype)
+    torch._foreach_lerp_(m, g, 1 - beta1)
     write_rows(exp_avg, rows, m)
-    v = read_rows(exp_avg_sq, rows, g.dtype).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    v = read_rows(exp_avg_sq, rows, dtype)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, g, g, value=1 - beta2)
     write_rows(exp_avg_sq, rows, v)
     for of in max_exp_avg_sq:
-        v = torch.maximum(v, read_rows(of, rows, g.dtype))
+        torch._foreach_maximum_(v, read_rows(of, rows, dtype))
         write_rows(of, rows, v)
 
     # lr * m_hat / (sqrt(v_hat) + eps) = lr_hat * m / (sqrt(v) + eps_hat), the order Kingma & Ba advise at the end of
     # their section 2: what is corrected is (K,) numbers, not (K, ...).
-    t = count_update(state["step"], rows).to(g.dtype)
+    t = count_updates([of["step"] for of in state], rows).to(dtype)
     correction1, correction2 = bias_correction(beta1, t), bias_correction(beta2, t).sqrt_()
     lr_hat, eps_hat = per_row(correction2 * lr / correction1, g), per_row(correction2 * eps, g)
     # sqrt as 1 / rsqrt: on a CPU sqrt takes four times as long for a zero, and where inputs are often zero, so is v.
-    step = m.div_(v.rsqrt_().reciprocal_().add_(eps_hat)).mul_(lr_hat)
+    torch._foreach_rsqrt_(v)
+    torch._foreach_reciprocal_(v)
+    torch._foreach_add_(v, eps_hat)
+    step = m
+    torch._foreach_div_(step, v)
+    torch._foreach_mul_(step, lr_hat)
     if w_rows is not None and group["decoupled_weight_decay"]:
-        step.add_(w_rows.mul_(lr * weight_decay))
+        torch._foreach_mul_(w_rows, lr * weight_decay)
+        torch._foreach_add_(step, w_rows)
     add_rows(w, rows, step, alpha=-1)
 
 

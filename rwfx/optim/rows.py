@@ -3,11 +3,13 @@
 In: a ``torch.optim`` optimizer whose parameters hold gradients. Out: the parameters and the optimizer's state, updated.
 A *row gradient* is a hybrid ``torch.sparse_coo`` tensor with ``sparse_dim=1``. *Row state* is the state of a parameter
 that has had one: ``state["step"]`` is then ``(O,)`` float32, each row's own number of updates, where ``torch.optim``
-keeps one number for the whole parameter.
+keeps one number for the whole parameter. A *batch* is parameters of one group, device and dtype that are updated
+together: three lists, of the parameters ``w``, of their ``rows`` and of the gradients ``g`` of those rows. A small step
+is mostly the cost of calls, and a ``torch._foreach`` call does for all of a list what a call does for one tensor.
 """
 
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -16,9 +18,14 @@ from torch.optim import Optimizer
 
 Group = dict[str, Any]
 States = MutableMapping[Tensor, dict[str, Any]]
-# (w, rows, g, group, states): w (O, ...), rows (K,) int64 without repeats, g (K, ...) in the dtype to compute in.
-RowUpdate = Callable[[Tensor, Tensor, Tensor, Group, States], None]
+# (w, rows, g, group, states), the first three lists over the parameters of a batch: w (O, ...), rows (K,) int64 without
+# repeats, g (K, ...) in the dtype to compute in.
+RowUpdate = Callable[[list[Tensor], list[Tensor], list[Tensor], Group, States], None]
+Batch = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
+# A batch takes no more parameters once its gradients have this many numbers. Many small parameters then share the cost
+# of a call, and what is made for large ones stays in the cache, and is never as large as the model.
+BATCH = 2**17
 SPARSE_LAYOUTS = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
 
@@ -33,7 +40,7 @@ def step_dense_and_rows(
     Args:
         optimizer: whose parameters and state are updated.
         dense_step: ``step`` of the ``torch.optim`` namesake, unbound.
-        update_rows: updates the rows of one parameter and their state, in place.
+        update_rows: updates the rows of a batch of parameters and their state, in place.
         closure: reevaluates the model and returns the loss.
 
     Returns:
@@ -60,10 +67,9 @@ def step_dense_and_rows(
                 w.grad = grad
     with torch.no_grad():
         if by_row and not overflowed(optimizer):
-            for w, group in by_row:
-                rows, g = rows_and_values(w, group, getattr(optimizer, "grad_scale", None))
-                if len(rows):
-                    update_rows(w, rows, g, group, optimizer.state)
+            for group, (w, rows, g) in batches(by_row):
+                g = to_descend(w, g, group, getattr(optimizer, "grad_scale", None))
+                update_rows(w, rows, g, group, optimizer.state)
     return loss
 
 
@@ -117,22 +123,46 @@ def overflowed(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def rows_and_values(w: Tensor, group: Group, grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows ``(K,)`` and gradient ``(K, ...)`` of ``w``, unscaled, of the sign to descend, in the dtype to compute in.
+def batches(by_row: list[tuple[Tensor, Group]]) -> Iterator[tuple[Group, Batch]]:
+    """The parameters in batches of one group, device and dtype, without those of which no row is drawn."""
+    open_batches: dict[Any, tuple[Group, Batch]] = {}
+    numbers: dict[Any, int] = {}
+    for w, group in by_row:
+        rows, g = rows_and_values(w)
+        if g.shape[0] == 0:
+            continue
+        key = (id(group), w.device, w.dtype)
+        _, batch = open_batches.setdefault(key, (group, ([], [], [])))
+        for of_batch, x in zip(batch, (w, rows, g), strict=True):
+            of_batch.append(x)
+        numbers[key] = numbers.get(key, 0) + g.numel()
+        if numbers[key] >= BATCH:
+            del numbers[key]
+            yield open_batches.pop(key)
+    yield from open_batches.values()
+
+
+def rows_and_values(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``(K,)`` and gradient ``(K, ...)`` of ``w``."""
+    grad = w.grad
+    assert grad is not None
+    if grad.layout == torch.strided:
+        return torch.arange(len(w), device=w.device), grad
+    # Row gradients of two backward passes add up to one with repeated rows.
+    grad = grad.coalesce()
+    # As indices() and values(), without the views that autograd would follow.
+    return grad._indices()[0], grad._values()
+
+
+def to_descend(w: list[Tensor], g: list[Tensor], group: Group, grad_scale: Tensor | None) -> list[Tensor]:
+    """Gradients unscaled, of the sign to descend, in the dtype to compute in.
 
     That dtype is float32 for a narrower ``w``: then a step rounds to ``w``'s dtype once, when it writes.
     """
-    assert w.grad is not None
-    if w.grad.layout == torch.strided:
-        rows, g = torch.arange(len(w), device=w.device), w.grad
-    else:
-        # Row gradients of two backward passes add up to one with repeated rows.
-        grad = w.grad.coalesce()
-        rows, g = grad.indices()[0], grad.values()
-    g = g.to(torch.promote_types(w.dtype, torch.float32))
+    g = cast(g, torch.promote_types(w[0].dtype, torch.float32))
     if grad_scale is not None:
-        g = g / grad_scale
-    return rows, -g if group["maximize"] else g
+        g = [x / grad_scale for x in g]
+    return list(torch._foreach_neg(g)) if group["maximize"] else g
 
 
 def row_state(w: Tensor, states: States, *moments: str) -> dict[str, Any]:
@@ -154,41 +184,51 @@ def row_state(w: Tensor, states: States, *moments: str) -> dict[str, Any]:
     return state
 
 
-def count_update(step: Tensor, rows: Tensor) -> Tensor:
-    """Add one to ``step[rows]``; returns it, ``(K,)``."""
-    t = step.index_select(0, rows).add_(1)
-    step.index_copy_(0, rows, t)
+def count_updates(step: list[Tensor], rows: list[Tensor]) -> Tensor:
+    """Add one to each ``step[rows]``; returns them one after the other, ``(sum of K,)``."""
+    t = torch.cat([x.index_select(0, i) for x, i in zip(step, rows, strict=True)]).add_(1)
+    for x, i, t_x in zip(step, rows, t.split([i.shape[0] for i in rows]), strict=True):
+        x.index_copy_(0, i, t_x)
     return t
 
 
-def read_rows(of: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """``of[rows]``, a copy ``(K, ...)`` in ``dtype``."""
-    return of.index_select(0, rows).to(dtype)
+def read_rows(of: list[Tensor], rows: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Each ``of[rows]``, a copy ``(K, ...)`` in ``dtype``."""
+    return cast([x.index_select(0, i) for x, i in zip(of, rows, strict=True)], dtype)
 
 
-def write_rows(to: Tensor, rows: Tensor, values: Tensor) -> None:
-    """``to[rows] = values``, rounded to the dtype of ``to``."""
-    values = values.to(to.dtype)
-    # On a CPU index_copy_ moves one element after the other, and of the widest dtype, 16 bytes, there are the fewest:
-    # half the time in float32. A row, and the place of the first one, must then be a multiple of 16 bytes.
-    if to.is_cpu and to.dim() > 1 and to.is_contiguous() and values.is_contiguous():
-        size = to.itemsize
-        if to.stride(0) * size % 16 == 0 and to.storage_offset() * size % 16 == 0:
-            to = to.view(len(to), -1).view(torch.complex128)
-            values = values.view(len(values), -1).view(torch.complex128)
-    to.index_copy_(0, rows, values)
+def write_rows(to: list[Tensor], rows: list[Tensor], values: list[Tensor]) -> None:
+    """Each ``to[rows] = values``, rounded to the dtype of ``to``."""
+    for x, i, new in zip(to, rows, cast(values, to[0].dtype), strict=True):
+        # On a CPU index_copy_ moves one element after the other, and of the widest dtype, 16 bytes, there are the
+        # fewest: half the time in float32. A row, and the place of the first one, must then be a multiple of 16 bytes.
+        if x.is_cpu and x.dim() > 1 and x.is_contiguous() and new.is_contiguous():
+            size = x.itemsize
+            if x.stride(0) * size % 16 == 0 and x.storage_offset() * size % 16 == 0:
+                x, new = (y.flatten(1).view(torch.complex128) for y in (x, new))
+        x.index_copy_(0, i, new)
 
 
-def add_rows(to: Tensor, rows: Tensor, values: Tensor, alpha: float = 1) -> None:
-    """``to[rows] += alpha * values``, computed in the dtype of ``values``."""
-    if to.dtype == values.dtype:
+def add_rows(to: list[Tensor], rows: list[Tensor], values: list[Tensor], alpha: float = 1) -> None:
+    """Each ``to[rows] += alpha * values``, computed in the dtype of ``values``."""
+    if to[0].dtype == values[0].dtype:
         # Half the time of reading, adding and writing.
-        to.index_add_(0, rows, values, alpha=alpha)
+        for x, i, new in zip(to, rows, values, strict=True):
+            x.index_add_(0, i, new, alpha=alpha)
     else:
         # index_add_ would round the values before it adds them.
-        write_rows(to, rows, read_rows(to, rows, values.dtype).add_(values, alpha=alpha))
+        sums = read_rows(to, rows, values[0].dtype)
+        torch._foreach_add_(sums, values, alpha=alpha)
+        write_rows(to, rows, sums)
 
 
-def per_row(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` ``(K,)`` as ``(K, 1, ...)``, to multiply ``like`` ``(K, ...)`` row by row."""
-    return x.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+def per_row(x: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """``x`` ``(sum of K,)`` as one ``(K, 1, ...)`` for each ``like`` ``(K, ...)``, to multiply it row by row."""
+    # Most parameters are matrices, and a column is then split off as it is.
+    columns = x.unsqueeze(1).split([y.shape[0] for y in like])
+    return [c if y.dim() == 2 else c.view(-1, *[1] * (y.dim() - 1)) for c, y in zip(columns, like, strict=True)]
+
+
+def cast(values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The values, all of one dtype, in ``dtype``; themselves where they have it."""
+    return values if values[0].dtype == dtype else [x.to(dtype) for x in values]

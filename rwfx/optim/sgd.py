@@ -9,7 +9,7 @@ from rwfx.optim.rows import (
     Group,
     States,
     add_rows,
-    count_update,
+    count_updates,
     per_row,
     read_rows,
     row_state,
@@ -47,30 +47,35 @@ class SGD(torch.optim.SGD):
         return step_dense_and_rows(self, torch.optim.SGD.step, update_rows, closure)
 
 
-def update_rows(w: Tensor, rows: Tensor, g: Tensor, group: Group, states: States) -> None:
-    """The equations of ``SGD``. ``w``: ``(O, ...)``. ``rows``: ``(K,)``. ``g``: ``(K, ...)``, not written to."""
+def update_rows(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Group, states: States) -> None:
+    """The equations of ``SGD`` for a batch. ``w``: each ``(O, ...)``. ``rows``: each ``(K,)``.
+
+    ``g``: each ``(K, ...)``, not written to.
+    """
     if group["weight_decay"] != 0:
-        g = g.add(read_rows(w, rows, g.dtype), alpha=group["weight_decay"])
+        g = list(torch._foreach_add(g, read_rows(w, rows, g[0].dtype), alpha=group["weight_decay"]))
     if group["momentum"] != 0:
         g = with_momentum(w, rows, g, group, states)
     lr = group["lr"]
     if isinstance(lr, Tensor):
         # A product, since alpha would read lr from its device.
-        add_rows(w, rows, g * -lr.reshape(()).to(g.device))
+        add_rows(w, rows, list(torch._foreach_mul(g, -lr.reshape(()).to(g[0].device))))
     else:
         add_rows(w, rows, g, alpha=-lr)
 
 
-def with_momentum(w: Tensor, rows: Tensor, g: Tensor, group: Group, states: States) -> Tensor:
-    """Update ``b[rows]``; returns the direction to go, ``(K, ...)``."""
+def with_momentum(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Group, states: States) -> list[Tensor]:
+    """Update each ``b[rows]``; returns the directions to go, each ``(K, ...)``."""
     momentum, dampening = group["momentum"], group["dampening"]
-    state = row_state(w, states, "momentum_buffer")
-    t = count_update(state["step"], rows)
-    b = read_rows(state["momentum_buffer"], rows, g.dtype).mul_(momentum)
+    state = [row_state(x, states, "momentum_buffer") for x in w]
+    momentum_buffer = [of["momentum_buffer"] for of in state]
+    t = count_updates([of["step"] for of in state], rows)
+    b = read_rows(momentum_buffer, rows, g[0].dtype)
+    torch._foreach_mul_(b, momentum)
     if dampening == 0:
-        b.add_(g)
+        torch._foreach_add_(b, g)
     else:
         # b is zero the first time, so that g undampened is all of b.
-        b.addcmul_(g, 1 - dampening * per_row(t > 1, g))
-    write_rows(state["momentum_buffer"], rows, b)
-    return g.add(b, alpha=momentum) if group["nesterov"] else b
+        torch._foreach_addcmul_(b, g, per_row((1 - dampening * (t > 1)).to(g[0].dtype), g))
+    write_rows(momentum_buffer, rows, b)
+    return list(torch._foreach_add(g, b, alpha=momentum)) if group["nesterov"] else b
