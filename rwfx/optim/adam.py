@@ -1,5 +1,8 @@
 """Adam on rows."""
 
+# torch._foreach_* is what torch.optim itself is made of; torch lists none of it as exported.
+# pyright: reportPrivateImportUsage=false
+
 import math
 from collections.abc import Callable
 

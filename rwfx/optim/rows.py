@@ -8,6 +8,9 @@ together: three lists, of the parameters ``w``, of their ``rows`` and of the gra
 is mostly the cost of calls, and a ``torch._foreach`` call does for all of a list what a call does for one tensor.
 """
 
+# torch._foreach_* is what torch.optim itself is made of; torch lists none of it as exported.
+# pyright: reportPrivateImportUsage=false
+
 import inspect
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
@@ -25,7 +28,7 @@ Batch = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 # A batch takes no more parameters once its gradients have this many numbers. Many small parameters then share the cost
 # of a call, and what is made for large ones stays in the cache, and is never as large as the model.
-BATCH = 2**17
+BATCH = 2**16
 SPARSE_LAYOUTS = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
 
@@ -131,7 +134,7 @@ def batches(by_row: list[tuple[Tensor, Group]]) -> Iterator[tuple[Group, Batch]]
         rows, g = rows_and_values(w)
         if g.shape[0] == 0:
             continue
-        key = (id(group), w.device, w.dtype)
+        key = (id(group), w.device, w.dtype, g.dtype)
         _, batch = open_batches.setdefault(key, (group, ([], [], [])))
         for of_batch, x in zip(batch, (w, rows, g), strict=True):
             of_batch.append(x)

@@ -1,5 +1,8 @@
 """Stochastic gradient descent on rows."""
 
+# torch._foreach_* is what torch.optim itself is made of; torch lists none of it as exported.
+# pyright: reportPrivateImportUsage=false
+
 from collections.abc import Callable
 
 import torch
@@ -76,6 +79,6 @@ def with_momentum(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: G
         torch._foreach_add_(b, g)
     else:
         # b is zero the first time, so that g undampened is all of b.
-        torch._foreach_addcmul_(b, g, per_row((1 - dampening * (t > 1)).to(g[0].dtype), g))
+        torch._foreach_addcmul_(b, g, per_row(1 - dampening * (t > 1).to(g[0].dtype), g))
     write_rows(momentum_buffer, rows, b)
     return list(torch._foreach_add(g, b, alpha=momentum)) if group["nesterov"] else b

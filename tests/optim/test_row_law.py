@@ -175,6 +175,29 @@ def test_weights_step_alike_however_they_lie_in_memory(variant):
             assert_close(weight.detach(), weights[0].detach())
 
 
+@pytest.mark.parametrize("batch", [1, 20, 2**16], ids=["alone", "some", "all"])
+@every_variant
+def test_parameters_step_together_as_each_alone(name, options, batch, monkeypatch):
+    monkeypatch.setattr("rwfx.optim.rows.BATCH", batch)
+    torch.manual_seed(0)
+    shapes = [(5, 3), (5,), (7, 4), (5, 2, 3, 3), (6,), (5, 3)]
+    start = [torch.randn(s, dtype=torch.float64 if i == 2 else torch.float32) for i, s in enumerate(shapes)]
+    together, alone = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    make = getattr(rwfx.optim, name)
+    # The last parameter is in a group of its own, with another weight decay.
+    optimizer = make([{"params": together[:-1]}, {"params": together[-1:], "weight_decay": 0.3}], **options)
+    each = [make([w], **options | ({"weight_decay": 0.3} if w is alone[-1] else {})) for w in alone]
+    for step, rows in enumerate(SETS):
+        for position, (a, b) in enumerate(zip(together, alone, strict=True)):
+            drawn = SETS[(step + position) % len(SETS)] if position else rows
+            a.grad = row_gradient(drawn, torch.randn_like(a))
+            b.grad = a.grad.clone()
+        for x in (optimizer, *each):
+            x.step()
+        for a, b in zip(together, alone, strict=True):
+            assert_close(a.detach(), b.detach(), **TOLERANCE[a.dtype])
+
+
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "tensor" not in v])
 def test_undrawn_rows_and_their_state_are_frozen_and_the_gradient_is_left_alone(variant):
     name, options = VARIANTS[variant]
