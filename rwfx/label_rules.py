@@ -221,7 +221,7 @@ _TABLE: dict[Callable[..., Any], str] = {
     _stack: "stack hstack vstack dstack column_stack",
     _pad: "pad",
     _getitem: "getitem",
-    _reduce: "mean sum nansum nanmean amax amin prod logsumexp std var norm vector_norm",
+    _reduce: "mean sum nansum nanmean amax amin prod logsumexp",
     _extreme: "max min",
     _like: "zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli",
     _new: "new_zeros new_ones new_full new_empty new_tensor",

@@ -81,20 +81,18 @@ def follow_rows(gm: GraphModule, names: Mapping[int, str], shapes: Mapping[str, 
             features as its weight has.
 
     Raises:
-        ValueError: no guess holds; the remedy is to give example inputs.
+        ValueError: no guess holds (the remedy is to give example inputs), or the shapes contradict the graph.
     """
-    if shapes is not None:
-        return _run(gm, names, shapes, LEADS[0])
     failures = []
-    for lead in LEADS:
+    for lead in LEADS if shapes is None else LEADS[:1]:
         try:
-            return _run(gm, names, None, lead)
-        except (UnknownShape, RuntimeError, TypeError, IndexError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            failures.append(f"with {len(lead) + 1} dimensions, {reason}")
+            return _run(gm, names, shapes, lead)
+        except UnknownShape as error:
+            failures.append(f"with {len(lead) + 1} dimensions, {error}" if shapes is None else str(error))
+    without = "" if shapes is not None else "without the shapes of the inputs "
     raise ValueError(
-        "cannot tell which row feeds which input feature without the shapes of the inputs "
-        f"({'; '.join(failures)}). Give example_inputs."
+        f"cannot tell which row feeds which input feature {without}({'; '.join(failures)})."
+        + (" Give example_inputs." if shapes is None else "")
     )
 
 
@@ -166,11 +164,21 @@ class _LabelRun(fx.Interpreter):
     def apply(self, operation: str, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
         """Follow the rule of an operation, found by its name."""
         operands = operands_of(args, kwargs)
-        if not operands:
-            return tree_map(_constant, function(*args, **kwargs)) if function else Everywhere(-1)
         name = operation.strip("_")
         rule = RULES.get(name) or RULES.get(name.removeprefix("i"))
-        return rule(self, function, args, kwargs) if rule else self.anything(operation, operands)
+        try:
+            if not operands:
+                return tree_map(_constant, function(*args, **kwargs)) if function else Everywhere(-1)
+            if rule:
+                return rule(self, function, args, kwargs)
+        except (_Width, UnknownShape):
+            raise
+        except Exception as error:
+            # Without example inputs it is the guess of shapes that is wrong; with them, the rule does not fit.
+            if not self.shapes:
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                raise UnknownShape(f"{self.node.name} fails ({reason[0]})") from error
+        return self.anything(operation, operands) if operands else Everywhere(-1)
 
     def anything(self, operation: str, operands: list[Labels | Everywhere]) -> Labels | Everywhere:
         """An operation without a rule: every row that goes in may come out everywhere."""

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.fx import GraphModule, Node
 
 from rwfx.capture import Capture, capture, shared_copy, split_inputs
@@ -63,7 +63,8 @@ def transform(
         grad: ``"dense"``: gradients with zeros outside the rows, for any optimizer. ``"rows"``: hybrid
             ``torch.sparse_coo`` gradients that hold the rows alone, for ``rwfx.optim``.
         seed: of the walks' private random stream, which no other draw disturbs and which disturbs no other; equal
-            on every rank when the seed is. By default one number is drawn from ``torch.manual_seed``'s stream.
+            seeds draw equal rows on every rank. By default one number of ``torch.manual_seed``'s stream, that of
+            rank 0 where ``torch.distributed`` is initialized: then every rank has to call ``transform``.
         resample_every: draw new row sets every so many training forwards.
         example_inputs: a tuple, a dict of keyword arguments, or a single value for ``model.forward``. Needed where
             the model reshapes by the shape of its inputs, or to say which optional arguments are used; the
@@ -90,8 +91,7 @@ def transform(
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
         raise ValueError(f"no weight is left to make sparse ({reasons}).")
 
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
+    seed = _common_seed() if seed is None else int(seed)
     device = captured.host.get_parameter(kept[0]).device
     gm, rows = sample_rows(gm, RowSampler(graph, kept, options, seed).to(device))
     gm = sparse_backward(gm, rows, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
@@ -109,6 +109,13 @@ def transform(
     )
     _check_replay(model, sparse_model, example_inputs)
     return sparse_model
+
+
+def _common_seed() -> int:
+    seeds = [int(torch.randint(2**62, ()))]
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(seeds)
+    return seeds[0]
 
 
 def _lines(gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Sequence[str]) -> tuple[Line, ...]:

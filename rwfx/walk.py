@@ -109,7 +109,7 @@ class RowSampler(nn.Module):
         self._tables = _Buffers(tables)
         self._starts = _Buffers(graph.heads.values())
         self.sizes = tuple(graph.rows(name) for name in kept)
-        last = torch.zeros(len(kept) + sum(self.sizes), dtype=torch.int64)
+        last = torch.zeros(len(kept) + 1 + sum(self.sizes), dtype=torch.int64)
         self.register_buffer("last", last, persistent=False)
         # Not a buffer: it stays on the CPU wherever the model goes, so that reading it never waits for a GPU.
         self.state = torch.tensor([seed, 0])

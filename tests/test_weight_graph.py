@@ -242,3 +242,18 @@ def test_a_model_whose_rows_reach_no_output_is_refused():
 
     with pytest.raises(ValueError, match="no row of a linear weight reaches an output"):
         rwfx.weight_graph(Model())
+
+
+def test_where_a_rule_does_not_fit_the_walk_may_go_to_any_row_before():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(torch.linalg.qr(h)[0] @ torch.linalg.qr(h)[1])
+
+    graph = rwfx.weight_graph(Model(), example_inputs=torch.randn(8, 4))
+    assert "linalg_qr" in graph.notes[0]
+    assert_close(graph.leaves(graph.uses[1].feature_map), torch.arange(6))

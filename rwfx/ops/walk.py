@@ -14,7 +14,7 @@ Axes: P walks at a station, I input features, R all rows of all weights whose ro
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
 
 import torch
@@ -66,8 +66,9 @@ def walk(
         num_paths, temperature, epsilon, min_rows, resample_every: as in ``rwfx.transform``.
 
     Returns:
-        A row set per kept weight, then what to pass as ``last`` next time: ``(len(kept) + R,)`` int64, how many
-        rows each weight has and their numbers among all rows of the kept weights, filled up with zeros.
+        A row set per kept weight, then what to pass as ``last`` next time: ``(len(kept) + 1 + R,)`` int64, where
+        each weight's rows begin and the last one's end, and then the rows, numbered among all rows of the kept
+        weights, filled up with zeros.
     """
     seed, step = state.tolist()
     sizes = tuple(weights[k].shape[0] for k in kept)
@@ -76,43 +77,46 @@ def walk(
 
     generator = torch.Generator(last.device).manual_seed(mix(seed, step))
     stations = unpack_stations(tuple(layout))
-    bounds = _bounds(sizes, last.device)
-    first_row = dict(zip(kept, _first_rows(sizes), strict=True))
+    first_row = dict(zip(kept, accumulate(sizes, initial=0), strict=False))
     walks = sweep(stations, weights, tables, heads, starts, num_paths, temperature, epsilon, generator)
     visits = [rows_P + first_row[stations[s].weight] for s, _, rows_P in walks if stations[s].weight in first_row]
     seen_R = torch.zeros(sum(sizes), dtype=torch.bool, device=last.device)
     if visits:
         seen_R.index_fill_(0, torch.cat(visits), True)
-    visited_V = seen_R.nonzero().squeeze(1)
-    counts = torch.searchsorted(visited_V, bounds).diff()
-    lacking = [(k, n) for k, n in enumerate(counts.tolist()) if n < min(min_rows, sizes[k])]
-    for k, n in lacking:
+    visited_V, bounds, ends = _gather_seen(seen_R, sizes)
+    lacking = [k for k, size in enumerate(sizes) if ends[k + 1] - ends[k] < min(min_rows, size)]
+    for k in lacking:
         seen_O = seen_R.split(sizes)[k]
         unseen = (~seen_O).nonzero().squeeze(1)
         shuffled = torch.randperm(len(unseen), generator=generator, device=unseen.device)
-        seen_O[unseen[shuffled[: min(min_rows, sizes[k]) - n]]] = True
+        seen_O[unseen[shuffled[: min(min_rows, sizes[k]) - (ends[k + 1] - ends[k])]]] = True
     if lacking:
-        visited_V = seen_R.nonzero().squeeze(1)
-        counts = torch.searchsorted(visited_V, bounds).diff()
-    last = torch.cat([counts, visited_V, last.new_zeros(len(seen_R) - len(visited_V))])
-    return [*read_last(last, sizes), last]
+        visited_V, bounds, ends = _gather_seen(seen_R, sizes)
+    last = torch.cat([bounds, visited_V, last.new_zeros(len(seen_R) - len(visited_V))])
+    return [*_split_rows(visited_V, ends, sizes), last]
+
+
+def _gather_seen(seen_R: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
+    """The numbers of the rows seen, and where among them each weight's begin, as a tensor and as a list."""
+    visited_V = seen_R.nonzero().squeeze(1)
+    bounds = torch.searchsorted(visited_V, _first_rows(sizes, seen_R.device))
+    return visited_V, bounds, bounds.tolist()
 
 
 def read_last(last: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
     """The row sets that ``last`` holds, of weights with ``sizes`` rows each."""
-    counts = last[: len(sizes)].tolist()
-    parts = last[len(sizes) : len(sizes) + sum(counts)].split(counts)
-    return [part - first for part, first in zip(parts, _first_rows(sizes), strict=True)]
+    ends = last[: len(sizes) + 1].tolist()
+    return _split_rows(last[len(sizes) + 1 :][: ends[-1]], ends, sizes)
+
+
+def _split_rows(visited_V: Tensor, ends: list[int], sizes: tuple[int, ...]) -> list[Tensor]:
+    parts = visited_V.split([b - a for a, b in pairwise(ends)])
+    return [part - first for part, first in zip(parts, accumulate(sizes, initial=0), strict=False)]
 
 
 @lru_cache(maxsize=64)
-def _first_rows(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(accumulate(sizes[:-1], initial=0))
-
-
-@lru_cache(maxsize=64)
-def _bounds(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([*_first_rows(sizes), sum(sizes)], device=device)
+def _first_rows(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(list(accumulate(sizes, initial=0)), device=device)
 
 
 @walk.register_fake
@@ -163,12 +167,13 @@ def sweep(
 
     def send(walks_P: Tensor, ids_P: Tensor, targets: tuple[int, ...], ends: bool) -> None:
         if len(targets) == 1 and not ends:
-            waiting[targets[0]].append((walks_P, ids_P))
+            if len(ids_P):
+                waiting[targets[0]].append((walks_P, ids_P))
             return
         for target in targets:
             station = stations[target]
             here = (ids_P >= station.base) & (ids_P < station.base + station.size)
-            waiting[target].append((walks_P[here], ids_P[here]))
+            send(walks_P[here], ids_P[here], (target,), ends=False)
 
     # With fewer walks than output weights, the turn of the first walk moves on from step to step.
     turn = generator.initial_seed() % len(heads)
@@ -209,14 +214,19 @@ def draw_features(
         size_PI = (size_PI / size_PI.amax(1, keepdim=True)) ** (1 / temperature)
     sum_PI = size_PI.cumsum_(1)
     total_P1 = sum_PI[:, -1:]
-    u_P1, v_P1 = torch.rand(2, len(rows_P), 1, generator=generator, device=rows_P.device, dtype=sum_PI.dtype)
+    u_P1 = torch.rand(len(rows_P), 1, generator=generator, device=rows_P.device, dtype=sum_PI.dtype)
     # u is at most one minus half a unit in the last place, so that u * total stays below a normal total. With
     # right=True a feature of weight zero, whose sum is its neighbour's, is stepped over.
-    features_P1 = torch.searchsorted(sum_PI, u_P1 * total_P1, right=True)
-    by_weight_P1 = (total_P1 > torch.finfo(total_P1.dtype).tiny) & (total_P1 < inf)
-    if epsilon > 0:
-        by_weight_P1 &= torch.rand(v_P1.shape, generator=generator, device=rows_P.device) >= epsilon
-    return torch.where(by_weight_P1, features_P1, _uniform(weight.shape[1], v_P1)).squeeze(1)
+    features_P = torch.searchsorted(sum_PI, u_P1 * total_P1, right=True).view(-1)
+    tiny = torch.finfo(total_P1.dtype).tiny
+    if epsilon == 0 and total_P1.is_cpu:
+        low, high = total_P1.aminmax()
+        if tiny < low.item() and high.item() < inf:
+            return features_P
+    total_P = total_P1.squeeze(1)
+    by_weight_P = (total_P > tiny) & (total_P < inf)
+    v_P, w_P = torch.rand(2, len(rows_P), generator=generator, device=rows_P.device)
+    return torch.where(by_weight_P & (w_P >= epsilon), features_P, _uniform(weight.shape[1], v_P))
 
 
 def _draw_member(table: Tensor, places_P: Tensor, generator: torch.Generator) -> Tensor:
