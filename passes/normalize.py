@@ -49,6 +49,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
+        and "forward" not in vars(module)
         and isinstance(module._parameters.get("weight"), nn.Parameter)
         and not any(hooks)
     )

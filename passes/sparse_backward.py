@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
@@ -35,8 +36,8 @@ def sparse_backward(
     names = {id(p): name for name, p in reversed(list(rewritten.named_parameters(remove_duplicate=False)))}
     calls = []
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in rules and node.args[1].op == "get_attr":
-            calls.append((node, names[id(rewritten.get_parameter(node.args[1].target))]))
+        if (weight := weight_of(rewritten, node)) is not None and node.target in rules:
+            calls.append((node, names[id(weight)]))
     kept: dict[Any, Node] = {}
     for node, weight in calls:
         if weight not in rows:
@@ -45,7 +46,7 @@ def sparse_backward(
         shared = grad == "rows" and sum(weight == other for _, other in calls) > 1
         arguments = (*node.args, drawn, dx, grad)
         if shared:
-            arguments += (None, *[_keep(rewritten, parameter, drawn, kept) for parameter in node.args[1:3]])
+            arguments += (None, *[_keep(rewritten, node, k, drawn, kept) for k in (1, 2)])
         with graph.inserting_before(node):
             call = graph.create_node("call_function", rules[node.target], arguments, name=node.name)
         call.meta = dict(node.meta)
@@ -56,15 +57,34 @@ def sparse_backward(
     return rewritten
 
 
-def _keep(gm: GraphModule, parameter: Node | None, rows: Node, kept: dict[Any, Node]) -> Node | None:
-    """The rows of a parameter that several calls share, gathered once for all of them."""
-    if parameter is None:
+def weight_of(gm: GraphModule, node: Node) -> nn.Parameter | None:
+    """The parameter that a normalized call is linear in; None for any other node."""
+    if node.op != "call_function" or node.target is not F.linear or len(node.args) < 2:
         return None
-    name = str(parameter.target)
-    key = id(gm.get_parameter(name)), rows
+    return parameter_of(gm, node.args[1])
+
+
+def parameter_of(gm: GraphModule, node: Any) -> nn.Parameter | None:
+    """The parameter that a node reads, if it does."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    return gm.get_submodule(owner)._parameters.get(name)
+
+
+def _keep(gm: GraphModule, call: Node, operand: int, rows: Node, kept: dict[Any, Node]) -> Node | None:
+    """The rows of a weight or bias that several calls share, gathered once for all of them."""
+    node = call.args[operand]
+    if not isinstance(node, Node):
+        return None
+    parameter = parameter_of(gm, node)
+    if parameter is None:  # computed in the forward pass: its gradient goes on from here as any other
+        with gm.graph.inserting_before(call):
+            return gm.graph.call_function(torch.index_select, (node, 0, rows))
+    key = id(parameter), rows
     if key not in kept:
         with gm.graph.inserting_after(rows):
-            again = gm.graph.get_attr(name)
+            again = gm.graph.get_attr(str(node.target))
         with gm.graph.inserting_after(again):
             kept[key] = gm.graph.call_function(torch.ops.rwfx.keep_rows.default, (again, rows))
     return kept[key]

@@ -10,12 +10,14 @@ originals, so that moving, loading or replacing a tensor in one is seen in the o
 
 import inspect
 import linecache
+import operator
 import pickle
 import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +51,20 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     args, kwargs = split_inputs(example_inputs)
     # Tracing runs the forward pass, which may assign to its modules: it does so to a copy with tables of its own.
     scratch = shared_copy(model)
+    if not scratch.training:
+        scratch.train()
     for module in scratch.modules():
         module.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
     before = {path: _attributes(module) for path, module in scratch.named_modules()}
     graphs = {}
     for mode in (True, False):
-        scratch.train(mode)
+        if scratch.training != mode:  # else each module keeps its own: a part may be frozen in eval mode
+            scratch.train(mode)
         graphs[mode] = _trace(scratch, type(model).__name__, args, kwargs)
     host = shared_copy(model)
     _keep_constants(scratch, host, graphs.values())
-    return Capture(host, graphs[True], graphs[False], tuple(_lost_assignments(scratch, before)))
+    notes = [*_lost_assignments(scratch, before), *_lost_hooks(scratch)]
+    return Capture(host, graphs[True], graphs[False], tuple(notes))
 
 
 def shared_copy(module: nn.Module, _copies: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -107,15 +113,53 @@ def _check_traceable(model: nn.Module) -> None:
         raise ValueError(f"model is wrapped in {name}. Transform model.module first, then wrap what comes out of it.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("model is a ScriptModule, which torch.fx cannot trace. Give the nn.Module it was made from.")
+    if "forward" in vars(model):
+        raise ValueError(f"forward of this {name} has been replaced on the instance, where torch.fx does not see it.")
     lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(f"parameter {lazy[0]!r} is lazy and has no shape yet. Run the model once on a batch first.")
 
 
+class _Proxy(fx.Proxy):
+    """``fx.Proxy`` that keeps ``h += 1`` an operation in place, as another name of ``h`` may be read later."""
+
+    def _in_place(self, operation: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    __iadd__ = partialmethod(_in_place, operator.iadd)
+    __isub__ = partialmethod(_in_place, operator.isub)
+    __imul__ = partialmethod(_in_place, operator.imul)
+    __itruediv__ = partialmethod(_in_place, operator.itruediv)
+    __ifloordiv__ = partialmethod(_in_place, operator.ifloordiv)
+    __imod__ = partialmethod(_in_place, operator.imod)
+    __ipow__ = partialmethod(_in_place, operator.ipow)
+    __iand__ = partialmethod(_in_place, operator.iand)
+    __ior__ = partialmethod(_in_place, operator.ior)
+    __ixor__ = partialmethod(_in_place, operator.ixor)
+
+
 class _Tracer(fx.Tracer):
-    """``fx.Tracer`` that remembers in which module it failed."""
+    """``fx.Tracer`` that refuses what a graph cannot hold, and remembers in which module it failed."""
 
     failed_in: str | None = None
+    # A buffer that the forward pass updates is updated by the graph, not while tracing.
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contexts = _contexts()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        if _contexts() != self.contexts:
+            raise ValueError(
+                "the forward pass switches gradients or autocast on or off for a part of itself "
+                "(torch.no_grad, torch.enable_grad, torch.autocast), which a graph does not record; write detach() "
+                "for no_grad, and put autocast around the whole call of the model"
+            )
+        return super().create_proxy(*args, **kwargs)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -127,14 +171,26 @@ class _Tracer(fx.Tracer):
             raise
 
 
+def _contexts() -> tuple[Any, ...]:
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
 def _trace(root: nn.Module, model_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
     parameters = inspect.signature(type(root).forward).parameters
     given = _bind(root, args, kwargs)
-    held = {
-        name: parameter.default
-        for name, parameter in list(parameters.items())[1:]
-        if parameter.default is not inspect.Parameter.empty and name not in given
-    }
+    held = {name: value for name, value in given.items() if isinstance(value, PLAIN)}
+    for name, parameter in list(parameters.items())[1:]:
+        default = parameter.default
+        if default is inspect.Parameter.empty or name in given or isinstance(default, (tuple, list, dict)):
+            continue
+        if not isinstance(default, PLAIN):
+            raise ValueError(
+                f"argument {name!r} of {model_name}.forward has a default of type {type(default).__name__}, which a "
+                "graph cannot hold. Give it the default None and set the value in the forward pass, or give "
+                f"example_inputs with {name!r} in them."
+            )
+        held[name] = default
     tracer = _Tracer()
     streams = _random_streams()
     try:
@@ -157,11 +213,15 @@ def _trace(root: nn.Module, model_name: str, args: tuple[Any, ...], kwargs: dict
     return graph
 
 
-def _bind(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+# What an argument can be held at: the graph checks that it has this value.
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+def _bind(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     if not args and not kwargs:
-        return set()
+        return {}
     try:
-        return set(inspect.signature(root.forward).bind(*args, **kwargs).arguments)
+        return inspect.signature(root.forward).bind(*args, **kwargs).arguments
     except TypeError as error:
         raise ValueError(f"example_inputs do not fit {type(root).__name__}.forward: {error}.") from error
 
@@ -221,6 +281,19 @@ def _lost_assignments(scratch: nn.Module, before: Mapping[str, Mapping[str, Any]
         and not name.startswith("_tensor_constant")
         and (name not in before[path] or before[path][name] is not value)
     ]
+
+
+def _lost_hooks(scratch: nn.Module) -> list[str]:
+    lost = [
+        f"{path} has backward hooks; the transformed model does not call them"
+        for path, module in scratch.named_modules()
+        if path
+        and (module._backward_hooks or module._backward_pre_hooks)
+        and not fx.Tracer().is_leaf_module(module, path)
+    ]
+    if type(scratch).get_extra_state is not nn.Module.get_extra_state:
+        lost.append(f"{type(scratch).__name__} has extra state; the transformed model's state_dict is without it")
+    return lost
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from rwfx.checkpoint import random_state_kept
 
 
-def dense_flops(network: nn.Module, inputs: Sequence[Tensor]) -> int:
+def dense_flops(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[int, int]:
     """Count the floating point operations of a dense forward and backward of ``network`` on ``inputs``.
+
+    Returns all of them, and those of products of matrices, as which linear calls are run.
 
     It is done by doing it, with gradients, buffers and random streams left as they were.
     """
@@ -23,7 +25,8 @@ def dense_flops(network: nn.Module, inputs: Sequence[Tensor]) -> int:
         total = sum(leaf.sum() for leaf in leaves if leaf.requires_grad)
         assert isinstance(total, Tensor)
         torch.autograd.grad(total, parameters, allow_unused=True)
-    return counter.get_total_flops()
+    by_operator = counter.get_flop_counts()["Global"]
+    return counter.get_total_flops(), sum(by_operator.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
 def updated_scalars(parameters: Iterable[nn.Parameter]) -> int:

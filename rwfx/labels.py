@@ -10,8 +10,8 @@ operations leave the ids where they are; where several ids meet (an addition, a 
 place an id of its own that leads to all of them. ``rwfx.label_rules`` lists the operations.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,17 +83,41 @@ def follow_rows(gm: GraphModule, names: Mapping[int, str], shapes: Mapping[str, 
     Raises:
         ValueError: no guess holds (the remedy is to give example inputs), or the shapes contradict the graph.
     """
-    failures = []
+    failures, trails = [], []
     for lead in LEADS if shapes is None else LEADS[:1]:
         try:
-            return _run(gm, names, shapes, lead)
+            trails.append(_run(gm, names, shapes, lead))
         except UnknownShape as error:
             failures.append(f"with {len(lead) + 1} dimensions, {error}" if shapes is None else str(error))
+    if trails and all(_agree(trails[0], trail) for trail in trails[1:]):
+        return trails[0]
+    if trails:
+        failures = ["inputs with more and with fewer dimensions fit, and differ in what reaches what"]
     without = "" if shapes is not None else "without the shapes of the inputs "
     raise ValueError(
         f"cannot tell which row feeds which input feature {without}({'; '.join(failures)})."
         + (" Give example_inputs." if shapes is None else "")
     )
+
+
+def leaves(stations: Sequence[WeightUse | Junction], ids: Tensor) -> Tensor:
+    """The ids of weight rows that ``ids`` lead to across junctions; distinct, sorted."""
+    flags = torch.zeros(stations[-1].base + stations[-1].size if stations else 0, dtype=torch.bool)
+    flags[ids[ids >= 0]] = True
+    for s in reversed(stations):
+        if isinstance(s, Junction):
+            here = flags[s.base : s.base + s.size]
+            flags[s.members[here]] = True
+            here.zero_()
+    return flags.nonzero().squeeze(1)
+
+
+def _agree(a: Trail, b: Trail) -> bool:
+    """Whether two guesses of the shapes come to the same weight graph."""
+    uses = [[s for s in trail.stations if isinstance(s, WeightUse)] for trail in (a, b)]
+    return all(
+        x.base == y.base and torch.equal(x.feature_map, y.feature_map) for x, y in zip(*uses, strict=True)
+    ) and torch.equal(leaves(a.stations, a.output_ids), leaves(b.stations, b.output_ids))
 
 
 def _run(
@@ -107,8 +131,33 @@ def _run(
         except _Width as found:
             widths[found.node] = found.width
             continue
-        ids = [run.ids_of(x) for x in operands_of(output)]
-        return Trail(tuple(run.stations), torch.cat([torch.empty(0).long(), *ids]).unique(), tuple(run.notes))
+        ids = torch.cat([torch.empty(0).long(), *[run.ids_of(x) for x in operands_of(output)]]).unique()
+        return _pruned(Trail(tuple(run.stations), ids, tuple(run.notes)))
+
+
+def _pruned(trail: Trail) -> Trail:
+    """Without the junctions that nothing reads, and the ids numbered anew."""
+    size = sum(s.size for s in trail.stations)
+    read = torch.zeros(size, dtype=torch.bool)
+    read[trail.output_ids] = True
+    kept = []
+    for s in reversed(trail.stations):
+        if isinstance(s, Junction) and not read[s.base : s.base + s.size].any():
+            continue
+        sources = s.members if isinstance(s, Junction) else s.feature_map
+        read[sources[sources >= 0]] = True
+        kept.append(s)
+    renumbered = torch.full((size + 1,), -1)  # the last one is for -1
+    base = 0
+    stations = []
+    for s in reversed(kept):
+        renumbered[s.base : s.base + s.size] = torch.arange(base, base + s.size)
+        if isinstance(s, Junction):
+            stations.append(replace(s, base=base, members=renumbered[s.members]))
+        else:
+            stations.append(replace(s, base=base, feature_map=renumbered[s.feature_map]))
+        base += s.size
+    return Trail(tuple(stations), renumbered[trail.output_ids], trail.notes)
 
 
 class _Width(Exception):
@@ -146,7 +195,9 @@ class _LabelRun(fx.Interpreter):
         return Everywhere(-1)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return _constant(self.fetch_attr(target))
+        tensor = self.fetch_attr(target)
+        constant = _constant(tensor)
+        return Labels(torch.tensor(-1).expand(tensor.shape)) if isinstance(constant, Everywhere) else constant
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
@@ -156,9 +207,11 @@ class _LabelRun(fx.Interpreter):
         return self.apply(target, getattr(torch.Tensor, target, None), args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        weight = self.node.args[1] if target is F.linear else None
+        weight = self.node.args[1] if target is F.linear and len(self.node.args) > 1 else None
         if isinstance(weight, Node) and weight.op == "get_attr":
-            return self.weighted(args[0], self.fetch_attr(str(weight.target)))
+            parameter = self.fetch_attr(str(weight.target))
+            if id(parameter) in self.names:
+                return self.weighted(args[0], parameter)
         return self.apply(getattr(target, "__name__", str(target)), target, args, kwargs)
 
     def apply(self, operation: str, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:

@@ -92,8 +92,8 @@ class Report:
         if self.kept_rows:
             flops = self.flops()
             text.append(
-                f"multiply-adds per input: {flops.total // 2:,} of {flops.dense_total // 2:,} ({flops.share:.1%}); "
-                f"backward {flops.backward // 2:,} of {flops.dense_backward // 2:,}"
+                f"multiply-adds of the linear calls, per input: {flops.total // 2:,} of {flops.dense_total // 2:,} "
+                f"({flops.share:.1%}); backward {flops.backward // 2:,} of {flops.dense_backward // 2:,}"
             )
         else:
             text.append("no training forward yet: no rows drawn")

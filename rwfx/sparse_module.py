@@ -75,6 +75,12 @@ class SparseModule(GraphModule):
             cls.forward = _by_mode(cls.forward, _forward_from_src(evaluation.src, evaluation.globals, {}))
         return code
 
+    def __copy__(self) -> "SparseModule":
+        copied = SparseModule.__new__(SparseModule)
+        copied.__dict__.update(self.__dict__)
+        copied.graph = copy.deepcopy(self._graph)
+        return copied
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseModule":
         copied = SparseModule.__new__(SparseModule)
         memo[id(self)] = copied
@@ -93,6 +99,21 @@ def _rebuild(state: dict[str, Any], train: list[Any], evaluation: list[Any]) -> 
     module.__dict__.update(state, eval_graph=read_graph(evaluation))
     module.graph = read_graph(train)
     return module
+
+
+def check_names(host: nn.Module) -> None:
+    """Refuse a model whose parts have names that a transformed model needs itself.
+
+    Raises:
+        ValueError: names the part and what to do.
+    """
+    about = ("lines", "settings", "notes", "meta", SAMPLER)
+    for name in (*host._modules, *host._parameters, *host._buffers):
+        if hasattr(SparseModule, name) or name in about:
+            raise ValueError(
+                f"the model has a part named {name!r}, which is an attribute of every transformed model. Rename it, or "
+                "put the model into a module of its own."
+            )
 
 
 # The tables of the host that a SparseModule takes over as they are, so that it shares every tensor and hook.

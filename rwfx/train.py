@@ -7,6 +7,7 @@ In: a model and a loader of batches ``(input, ..., target)``. Out: the model, tr
 ``mode="masked"``, both with ``rwfx.optim``; ``full`` trains the model as it is with ``torch.optim`` (fused).
 """
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,7 +132,7 @@ class RandomWalkTrainer:
             self._settings |= {"num_paths": num_paths, "seed": seed, **_described(transform_options)}
         self._stepped = torch.compile(self.network) if compile else self.network
         self._parameters = parameters
-        self._dense_flops: dict[tuple[torch.Size, ...], int] = {}
+        self._dense_flops: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
 
     def fit(self, train_loader: Iterable, test_loader: Iterable | None = None, resume: bool = False) -> History:
         """Train for ``epochs`` passes over ``train_loader`` and give the history of all steps so far.
@@ -178,6 +179,11 @@ class RandomWalkTrainer:
         """
         if resume and self.checkpoint is None:
             raise ValueError("resume=True needs the file to go on from: give checkpoint=PATH.")
+        if self.checkpoint is not None and getattr(train_loader, "persistent_workers", False):
+            raise ValueError(
+                "the train_loader has persistent_workers=True: its workers' random streams live on from epoch to epoch "
+                "and cannot be put back, so a resumed run would not be the same. Use persistent_workers=False."
+            )
         exists = self.checkpoint is not None and self.checkpoint.exists()
         if exists and not resume:
             raise ValueError(
@@ -260,17 +266,17 @@ class RandomWalkTrainer:
     def step_flops(self, inputs: Sequence[Tensor]) -> int:
         """Count the operations of a step on ``inputs`` with the rows of the last training forward.
 
-        A dense step's are counted as it is done, once for every shape of the inputs; a sparse step's are its
-        share of them by the network's report.
+        A dense step's are counted as it is done, once for every shape of the inputs; of those of the linear calls a
+        sparse step does its share by the network's report.
         """
         shapes = tuple(value.shape for value in inputs)
         if shapes not in self._dense_flops:
             self._dense_flops[shapes] = dense_flops(self.model, inputs)
-        dense = self._dense_flops[shapes]
+        dense, linear = self._dense_flops[shapes]
         if not isinstance(self.network, SparseModule):
             return dense
         one = self.network.report.flops(1)
-        return dense * one.total // one.dense_total
+        return dense - linear + linear * one.total // one.dense_total
 
     def evaluate(self, loader: Iterable) -> float:
         """Measure the share of ``loader``'s targets that the largest output names."""
@@ -298,6 +304,8 @@ class RandomWalkTrainer:
             **self._settings,
             "optimizer": f"{kind.__module__}.{kind.__qualname__}",
             "batches an epoch": _length(train_loader),
+            "examples": _length(getattr(train_loader, "dataset", None)),
+            "batch size": getattr(train_loader, "batch_size", None),
             "generators of the loader": len(loader_generators(train_loader)),
             **checkpoints.shapes(self.network),
         }
@@ -318,7 +326,7 @@ class RandomWalkTrainer:
                 configuration=self._configuration(train_loader),
                 model=self.network.state_dict(),
                 optimizer=self.optimizer.state_dict(),
-                sampler=self.network.sampler_state() if isinstance(self.network, SparseModule) else {},
+                sampler=self._sampler_state(),
                 history=self.history.columns(),
                 epoch=epoch,
                 batch=batch,
@@ -329,6 +337,26 @@ class RandomWalkTrainer:
 
     def _restore(self, train_loader: Iterable) -> Checkpoint:
         """Take on the state in the checkpoint file, all but the random streams, or change nothing."""
+        before = copy.deepcopy((self.network.state_dict(), self.optimizer.state_dict(), self._sampler_state()))
+        try:
+            return self._take_on(train_loader)
+        except Exception as error:
+            model, optimizer, sampler = before
+            self.network.load_state_dict(model)
+            self.optimizer.load_state_dict(optimizer)
+            if isinstance(self.network, SparseModule):
+                self.network.load_sampler_state(sampler)
+            if isinstance(error, ValueError) and "checkpoint" in str(error):
+                raise
+            raise ValueError(
+                f"checkpoint {str(self.checkpoint)!r} is damaged inside ({type(error).__name__}: {error}). Nothing was "
+                "changed. Give another file, or remove it to start from the beginning."
+            ) from error
+
+    def _sampler_state(self) -> dict[str, Tensor]:
+        return self.network.sampler_state() if isinstance(self.network, SparseModule) else {}
+
+    def _take_on(self, train_loader: Iterable) -> Checkpoint:
         assert self.checkpoint is not None
         saved = checkpoints.load(self.checkpoint)
         found = checkpoints.differences(self._configuration(train_loader), saved.configuration)
@@ -337,13 +365,22 @@ class RandomWalkTrainer:
                 f"checkpoint {str(self.checkpoint)!r} belongs to another run: {'; '.join(found)}. "
                 f"Nothing was changed. Give the trainer the file's configuration, or another checkpoint path."
             )
-        try:  # the optimizer checks its state before it takes any of it; the rest has been compared above
+        try:
             self.optimizer.load_state_dict(saved.optimizer)
         except (KeyError, ValueError) as error:
             raise ValueError(f"checkpoint {str(self.checkpoint)!r} is of another optimizer: {error}") from error
         if isinstance(self.network, SparseModule):
             self.network.load_sampler_state(saved.sampler)
         self.network.load_state_dict(saved.model)
+        generators = loader_generators(train_loader)
+        with random_state_kept():
+            kept = [generator.get_state() for generator in generators]
+            for state in (saved.epoch_start, saved.now):
+                restore_random_state(state, generators)
+            for generator, state in zip(generators, kept, strict=True):
+                generator.set_state(state)
+        if not (isinstance(saved.epoch, int) and isinstance(saved.batch, int)):
+            raise TypeError(f"its position is epoch {saved.epoch!r}, batch {saved.batch!r}")
         self.history = History(**saved.history)
         return saved
 

@@ -5,6 +5,7 @@ capture -> normalize -> weight graph -> sample_rows -> sparse_backward -> verify
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from math import inf
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -16,10 +17,10 @@ from torch.fx import GraphModule, Node
 from rwfx.capture import Capture, capture, shared_copy, split_inputs
 from rwfx.passes.normalize import normalize
 from rwfx.passes.sample_rows import SAMPLER, sample_rows
-from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
+from rwfx.passes.sparse_backward import MASKED, SPARSE, parameter_of, sparse_backward
 from rwfx.passes.verify import same_outputs, verify
 from rwfx.report import Line
-from rwfx.sparse_module import SparseModule
+from rwfx.sparse_module import SparseModule, check_names
 from rwfx.walk import RowSampler, WalkOptions
 from rwfx.weight_graph import WeightGraph, graph_of
 
@@ -83,9 +84,10 @@ def transform(
         raise ValueError("model is already transformed. Transform the model it was made from.")
 
     captured = capture(model, example_inputs)
+    check_names(captured.host)
     gm = normalize(GraphModule(captured.host, captured.train))
     graph = graph_of(gm, captured, example_inputs)
-    lines = _lines(gm, graph, captured, patterns)
+    lines = _lines(gm, graph, captured, patterns, grad)
     kept = [line.weight for line in lines if not line.dense_because]
     if not kept:
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
@@ -97,7 +99,6 @@ def transform(
     gm = sparse_backward(gm, rows, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
     gm = verify(gm, model, rows)
 
-    captured.host._modules[SAMPLER] = gm.get_submodule(SAMPLER)
     settings = {**vars(options), "mode": mode, "dx": dx, "grad": grad, "seed": seed}
     sparse_model = SparseModule.over(
         captured.host,
@@ -107,6 +108,7 @@ def transform(
         settings=settings,
         notes=(*graph.notes, *captured.notes),
     )
+    sparse_model._modules[SAMPLER] = gm.get_submodule(SAMPLER)
     _check_replay(model, sparse_model, example_inputs)
     return sparse_model
 
@@ -118,20 +120,24 @@ def _common_seed() -> int:
     return seeds[0]
 
 
-def _lines(gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Sequence[str]) -> tuple[Line, ...]:
+def _lines(
+    gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Sequence[str], grad: str
+) -> tuple[Line, ...]:
     """A line per parameter with rows: those of the linear calls in execution order, then the rest."""
     calls = {node.name: node for node in gm.graph.nodes}
     lines, every_name = [], []
     for weight, names in graph.names.items():
         uses = [use for use in graph.uses if use.weight == weight]
         parameter = captured.host.get_parameter(weight)
-        every_name += [n for name in names for n in (name, name.rpartition(".")[0])]
+        every_name += [n for name in names for n in _paths(name)]
         if any(_matches(name, patterns) for name in names):
             reason = "asked for with dense="
         elif weight not in graph.reached:
             reason = "no walk reaches it from an output"
-        elif not parameter.is_floating_point():
-            reason = f"it is {parameter.dtype}"
+        elif not parameter.is_floating_point() or not parameter.numel():
+            reason = f"it is {parameter.dtype} of shape {tuple(parameter.shape)}"
+        elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
+            reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
         else:
             reason = ""
         input_grads = sum(_needs_gradient(gm, calls[use.node].args[0]) for use in uses)
@@ -140,7 +146,7 @@ def _lines(gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Seq
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
-            every_name += [name, name.rpartition(".")[0]]
+            every_name += _paths(name)
             reason = f"no plain linear call uses it (it belongs to {owner})"
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
     for pattern in patterns:
@@ -150,8 +156,27 @@ def _lines(gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Seq
     return tuple(lines)
 
 
+def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:
+    """Where the weight or the bias of these calls gets a gradient that is not confined to their row set, if it does."""
+    parameters = {id(p) for call in calls for p in map(partial(parameter_of, gm), call.args[1:3]) if p is not None}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            shared = any(id(p) in parameters for p in gm.get_submodule(str(node.target)).parameters())
+        else:
+            shared = any(id(parameter_of(gm, n)) in parameters for n in node.all_input_nodes)
+        if shared and node not in calls:
+            return f"{node.name} uses its weight or bias too"
+    return ""
+
+
+def _paths(weight: str) -> list[str]:
+    """A weight's name and those of all modules that it lies in."""
+    parts = weight.split(".")
+    return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
+
+
 def _matches(weight: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(n, p) for n in (weight, weight.rpartition(".")[0]) for p in patterns)
+    return any(fnmatchcase(n, p) for n in _paths(weight) for p in patterns)
 
 
 def _needs_gradient(gm: GraphModule, node: Any) -> bool:
@@ -162,7 +187,8 @@ def _needs_gradient(gm: GraphModule, node: Any) -> bool:
         if at.op == "call_module":
             parameters: Iterable[Any] = gm.get_submodule(str(at.target)).parameters()
         else:
-            parameters = [gm.get_parameter(str(at.target))] if _is_parameter(gm, at) else []
+            parameter = parameter_of(gm, at)
+            parameters = [] if parameter is None else [parameter]
         if any(p.requires_grad for p in parameters):
             return True
         queue += [n for n in at.all_input_nodes if n not in seen]
@@ -170,18 +196,19 @@ def _needs_gradient(gm: GraphModule, node: Any) -> bool:
     return False
 
 
-def _is_parameter(gm: GraphModule, node: Node) -> bool:
-    if node.op != "get_attr":
-        return False
-    owner, _, name = str(node.target).rpartition(".")
-    return name in gm.get_submodule(owner)._parameters
-
-
 def _check_replay(model: nn.Module, sparse_model: SparseModule, example_inputs: Any) -> None:
     if example_inputs is None:
         return
     args, kwargs = split_inputs(example_inputs)
-    if not same_outputs(shared_copy(model), sparse_model, args, kwargs):
+    theirs, mode = shared_copy(model), sparse_model.training
+    flags = {path: module.training for path, module in sparse_model.named_modules()}
+    same = same_outputs(theirs, sparse_model, args, kwargs)
+    for module in (theirs, sparse_model):
+        module.train(not mode)
+    same = same_outputs(theirs, sparse_model, args, kwargs) and same
+    for path, module in sparse_model.named_modules():
+        module.training = flags[path]
+    if not same:
         raise ValueError(
             f"the captured graph of {type(model).__name__} gives other outputs than the model on example_inputs, so "
             "its forward pass does something that tracing froze (a branch or a number computed in Python)."

@@ -80,7 +80,9 @@ def stations_of(graph: WeightGraph, names: Sequence[str]) -> tuple[tuple[Station
         ends = -1 in targets
         crossed = names.index(s.weight) if isinstance(s, WeightUse) else -1
         stations.append(Station(crossed, s.base, s.size, tuple(t for t in targets if t >= 0), ends))
-        tables.append(torch.stack([s.members.double(), s.ways]) if isinstance(s, Junction) else s.feature_map)
+        # The bits of the float64 ways in an int64: a table that is moved to bfloat16 with its model stays as it is.
+        junction = isinstance(s, Junction)
+        tables.append(torch.stack([s.members, s.ways.view(torch.int64)]) if junction else s.feature_map)
     return tuple(stations), tables
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from rwfx.capture import Capture, capture, split_inputs, untouched
-from rwfx.labels import Junction, WeightUse, follow_rows
+from rwfx.labels import Junction, WeightUse, follow_rows, leaves
 from rwfx.passes.normalize import normalize
 
 
@@ -67,14 +67,7 @@ class WeightGraph:
 
     def leaves(self, ids: Tensor) -> Tensor:
         """The ids of weight rows that ``ids`` lead to across junctions; distinct, sorted."""
-        flags = torch.zeros(len(self), dtype=torch.bool)
-        flags[ids[ids >= 0]] = True
-        for s in reversed(self.stations):
-            if isinstance(s, Junction):
-                here = flags[s.base : s.base + s.size]
-                flags[s.members[here]] = True
-                here.zero_()
-        return flags.nonzero().squeeze(1)
+        return leaves(self.stations, ids)
 
     def to_networkx(self, level: Literal["layer", "row"] = "layer") -> nx.DiGraph:
         """The graph for ``networkx``; an edge runs the way the data does, from producer to consumer.

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import random
 
@@ -204,3 +205,150 @@ def test_wrapped_models_are_refused_with_what_to_do(make, match):
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         capture(lambda x: x)
+
+
+def model_with(forward, **parts):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+            for name, part in parts.items():
+                if isinstance(part, torch.Tensor):
+                    self.register_buffer(name, part)
+                else:
+                    setattr(self, name, part)
+
+    Model.forward = forward
+    return Model()
+
+
+def test_a_switch_of_gradients_or_autocast_inside_the_forward_is_refused():
+    def without_gradient(self, x):
+        with torch.no_grad():
+            h = self.a(x)
+        return self.b(h)
+
+    def with_autocast(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = self.a(x)
+        return self.b(h.float())
+
+    for forward in (without_gradient, with_autocast):
+        with pytest.raises(ValueError, match="switches gradients or autocast"):
+            rwfx.transform(model_with(forward))
+
+
+def test_buffers_are_updated_by_the_graph_and_not_while_tracing():
+    def forward(self, x):
+        h = self.a(x)
+        self.ema.mul_(0.9).add_(h.detach().mean(0), alpha=0.1)
+        return self.b(h - self.ema)
+
+    model = model_with(forward, ema=torch.ones(8))
+    other = copy.deepcopy(model)
+    sparse = rwfx.transform(model)
+    assert torch.equal(model.ema, torch.ones(8))
+    for _ in range(3):
+        x = torch.randn(5, 6)
+        assert_close(sparse(x), other(x), rtol=0, atol=0)
+    assert_close(model.ema, other.ema, rtol=0, atol=0)
+
+    def counting(self, x):
+        self.n += 1
+        return self.b(self.a(x))
+
+    model = model_with(counting, n=torch.tensor(0))
+    sparse = rwfx.transform(model)
+    assert model.n == 0
+    for _ in range(3):
+        sparse(torch.randn(5, 6))
+    assert model.n == 3
+
+
+def test_operations_in_place_stay_in_place():
+    def forward(self, x):
+        h = self.a(x)
+        skip = h
+        h *= 2
+        h += 1
+        return self.b(h + skip)
+
+    model = model_with(forward)
+    x = torch.randn(5, 6)
+    sparse = rwfx.transform(model)
+    assert_close(sparse(x), model(x), rtol=0, atol=0)
+    assert_close(sparse.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
+def test_a_part_that_is_frozen_in_eval_mode_is_traced_so():
+    class Part(nn.Module):
+        def forward(self, x):
+            return x if self.training else x * 0.5
+
+    model = model_with(lambda self, x: self.b(self.part(self.a(x))), part=Part())
+    model.part.eval()
+    x = torch.randn(5, 6)
+    assert_close(rwfx.transform(model)(x), model(x), rtol=0, atol=0)
+
+
+def test_a_replaced_forward_is_not_taken_for_its_class():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    original = model[0].forward
+    model[0].forward = lambda x: original(x) * 2
+    sparse = rwfx.transform(model)
+    x = torch.randn(5, 6)
+    assert_close(sparse(x), model(x), rtol=0, atol=0)
+    assert sparse.report.sparse == ("2.weight",)
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match="replaced on the instance"):
+        rwfx.transform(model)
+
+
+def test_backward_hooks_that_are_lost_are_reported():
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 4))
+    model[0].register_full_backward_hook(lambda *_: None)
+    assert "0 has backward hooks" in str(rwfx.transform(model).report)
+
+
+def test_defaults_that_are_no_plain_values():
+    def listed(self, x, opts=(1, 2)):
+        return self.b(self.a(x)) * opts[1]
+
+    model = model_with(listed)
+    x = torch.randn(5, 6)
+    assert_close(rwfx.transform(model)(x), model(x), rtol=0, atol=0)
+
+    def called(self, x, act=F.relu):
+        return self.b(act(self.a(x)))
+
+    with pytest.raises(ValueError, match="argument 'act'"):
+        rwfx.transform(model_with(called))
+
+
+def test_a_value_given_as_an_example_chooses_its_branch():
+    x = torch.randn(4, 3)
+    model = Optional()
+    sparse = rwfx.transform(model, example_inputs={"x": x, "scale": 3.0, "hidden": True})
+    assert_close(sparse(x, scale=3.0, hidden=True), model(x, scale=3.0, hidden=True), rtol=0, atol=0)
+
+
+def test_names_that_a_transformed_model_needs_itself_are_refused():
+    for name in ("rows", "report", "graph", "row_sampler", "notes"):
+        model = model_with(lambda self, x: self.b(self.a(x)), **{name: nn.Linear(2, 2)})
+        with pytest.raises(ValueError, match=f"named '{name}'"):
+            rwfx.transform(model)
+
+
+def test_weights_that_are_no_parameters_are_left_alone():
+    def fixed(self, x):
+        return self.b(F.linear(self.a(x), self.proj))
+
+    def computed(self, x):
+        return self.b(F.linear(x, weight=self.a.weight * 2, bias=self.a.bias))
+
+    x = torch.randn(5, 6)
+    for model in (model_with(fixed, proj=torch.randn(8, 8)), model_with(computed)):
+        for grad in ("dense", "rows"):
+            sparse = rwfx.transform(model, grad=grad)
+            assert_close(sparse(x), model(x), rtol=0, atol=0)
+            sparse(x).sum().backward()

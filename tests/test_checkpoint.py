@@ -223,3 +223,34 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loader_whose_workers_live_on_is_refused_with_a_checkpoint(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randint(2, (8,)))
+    loader = torch.utils.data.DataLoader(data, 4, num_workers=1, persistent_workers=True)
+    trainer = RandomWalkTrainer(model, "full", checkpoint=tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="persistent_workers=False"):
+        trainer.fit(loader)
+
+
+@pytest.mark.parametrize("field", ["model", "optimizer", "sampler", "history", "epoch", "epoch_start", "now"])
+def test_a_checkpoint_damaged_inside_changes_nothing(tmp_path, field):
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randint(2, (8,)))
+    loader = torch.utils.data.DataLoader(data, 4)
+
+    def trainer():
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        return RandomWalkTrainer(model, checkpoint=tmp_path / "run", progress=False)
+
+    trainer().fit(loader)
+    content = torch.load(tmp_path / "run")
+    content[field] = None
+    torch.save(content, tmp_path / "run")
+    resumed = trainer()
+    before = {name: value.clone() for name, value in resumed.model.state_dict().items()}
+    with pytest.raises(ValueError, match="checkpoint"):
+        resumed.fit(loader, resume=True)
+    torch.testing.assert_close(dict(resumed.model.state_dict()), before, rtol=0, atol=0)
+    assert not resumed.optimizer.state_dict()["state"]

@@ -308,3 +308,33 @@ def test_any_training_loop_needs_no_change():
         first = first or loss.item()
     assert loss.item() < 0.6 * first
     assert F.cross_entropy(model(x), y).item() == pytest.approx(F.cross_entropy(sparse(x), y).item())
+
+
+def test_dense_takes_whole_containers():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
+    assert rwfx.transform(model, dense="0").report.sparse == ("1.weight",)
+
+
+def test_a_shallow_copy_is_a_transformed_model_too():
+    sparse = rwfx.transform(make(Residual))
+    copied = copy.copy(sparse)
+    assert copied.report.sparse == sparse.report.sparse
+    assert copied.get_parameter("stem.weight") is sparse.get_parameter("stem.weight")
+
+
+def test_a_weight_with_another_gradient_stays_dense_where_gradients_are_rows():
+    class Autoencoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.mid, self.other = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.other.bias = self.mid.bias
+
+        def forward(self, x):
+            h = self.other(self.mid(self.enc(x)))
+            return F.linear(h, self.enc.weight.t())
+
+    model = Autoencoder()
+    sparse = rwfx.transform(model, grad="dense")
+    assert set(sparse.rows) == {"enc.weight", "mid.weight", "other.weight"}
+    with pytest.raises(ValueError, match="uses its weight or bias too"):
+        rwfx.transform(model, grad="rows")

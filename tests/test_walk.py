@@ -255,3 +255,22 @@ def test_equal_seeds_give_equal_walks():
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert F.one_hot(a[:, 1] + 1, 4).sum() == 50
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_is_cast_keeps_its_graph(dtype):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.head = nn.Linear(4, 600), nn.Linear(600, 600), nn.Linear(600, 1)
+
+        def forward(self, x):
+            h = self.stem(x)
+            return self.head(h + self.block(h).relu())
+
+    model = Model()
+    with torch.no_grad():
+        model.head.weight.zero_()[0, 501] = 1
+    sparse = rwfx.transform(model, num_paths=200, min_rows=0).to(dtype)
+    sparse(torch.randn(2, 4, dtype=dtype))
+    assert sparse.rows["block.weight"].tolist() == [501]

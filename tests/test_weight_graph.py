@@ -34,7 +34,7 @@ STRUCTURES = {
     "norms": (lambda h: F.layer_norm(F.normalize(h), (12,)), ROWS),
     "slice": (lambda h: h[:, 2:8], ROWS[2:8]),
     "step": (lambda h: h[..., ::3], ROWS[::3]),
-    "flip": (lambda h: h.flip(1), ROWS.flip(0)),
+    "flip": (lambda h: h.flip(-1), ROWS.flip(0)),
     "roll": (lambda h: torch.roll(h, 2, -1), ROWS.roll(2)),
     "index": (lambda h: h[:, [4, 1, 1]], torch.tensor([4, 1, 1])),
     "shuffle": (lambda h: h.view(h.size(0), 3, 4).transpose(1, 2).flatten(1), ROWS.view(3, 4).t().reshape(-1)),
@@ -100,7 +100,9 @@ def test_heads_are_the_weights_whose_rows_reach_an_output():
             h = self.a(x)
             return (self.b(h) + self.c(h))[:, 1:], h[:, :2]
 
-    graph = rwfx.weight_graph(Model())
+    with pytest.raises(ValueError, match=r"differ in what reaches what.*Give example_inputs"):
+        rwfx.weight_graph(Model())
+    graph = rwfx.weight_graph(Model(), torch.randn(3, 4))
     named = {graph.stations[s].name: (ids - graph.stations[s].base).tolist() for s, ids in graph.heads.items()}
     assert named == {"a.weight": [0, 1], "b.weight": [1, 2, 3, 4], "c.weight": [1, 2, 3, 4]}
 

@@ -159,7 +159,7 @@ def _race(plan: Plan, data: DataSet, epochs: int, steps: int, seed: int, bar: tq
 def _contenders(plan: Plan, data: DataSet, epochs: int, seed: int) -> list[Contender]:
     """Make the contenders of a seed, in the order in which they take turns."""
     model = mlp((data.features, *plan.hidden, data.classes), seed).to(plan.device)
-    step_flops = dense_flops(model, [data.train_inputs[: plan.batch_size]])
+    step_flops, _ = dense_flops(model, [data.train_inputs[: plan.batch_size]])
 
     def contender(kind: str, num_paths: int | None = None, partner: Contender | None = None) -> Contender:
         walks = MODES[kind] != "full"

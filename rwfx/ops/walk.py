@@ -57,8 +57,8 @@ def walk(
     Args:
         weights: ``(O, I)`` each, one per weight on the way of the walks.
         kept: the positions in ``weights`` of those whose row sets are asked for.
-        tables: per station, ``(I,)`` int64 ids or, at a junction, ``(2, ids, members)`` float64: the
-            members' ids and the running sum of their weights of choice.
+        tables: per station, int64: ``(I,)`` ids or, at a junction, ``(2, ids, members)``: the members' ids, and the
+            bits of the float64 running sum of their weights of choice.
         heads, starts: per output weight, its station and the int64 ids that a walk starts at.
         layout: the stations, as ``pack_stations`` writes them.
         state: ``(2,)`` int64 on the CPU, the stream's seed and the number of steps so far.
@@ -206,7 +206,7 @@ def draw_features(
     With probability ``epsilon`` the draw is uniform instead; so it is from a row that is all zero or not
     finite. Returns ``(P,)`` int64.
     """
-    size_PI = weight.index_select(0, rows_P).abs_()
+    size_PI = weight.index_select(0, rows_P).abs()
     if size_PI.dtype in (torch.float16, torch.bfloat16):
         size_PI = size_PI.float()
     if temperature != 1.0:
@@ -230,10 +230,11 @@ def draw_features(
 
 
 def _draw_member(table: Tensor, places_P: Tensor, generator: torch.Generator) -> Tensor:
-    members_PM, sum_PM = table[:, places_P]
-    u_P1 = torch.rand(len(places_P), 1, generator=generator, device=table.device, dtype=table.dtype)
+    members_PM, bits_PM = table[:, places_P]
+    sum_PM = bits_PM.contiguous().view(torch.float64)
+    u_P1 = torch.rand(len(places_P), 1, generator=generator, device=table.device, dtype=torch.float64)
     choice_P1 = (u_P1 * sum_PM[:, -1:] >= sum_PM[:, :-1]).sum(1, keepdim=True)
-    return members_PM.gather(1, choice_P1).squeeze(1).long()
+    return members_PM.gather(1, choice_P1).squeeze(1)
 
 
 def _uniform(n: int, u: Tensor) -> Tensor:
