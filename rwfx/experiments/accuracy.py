@@ -233,4 +233,8 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"{name} must be at least 1; given {given}.")
     if len(set(plan.num_paths)) < len(plan.num_paths):
         raise ValueError(f"a number of paths is there twice: {plan.num_paths}.")
-    torch.device(plan.device)
+    try:
+        torch.empty(0, device=plan.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {plan.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    plan.out.mkdir(parents=True, exist_ok=True)  # better refused now than after the training

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         options.run(options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"{parser.prog} {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
