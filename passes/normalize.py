@@ -55,6 +55,21 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+def weight_of(gm: GraphModule, node: Node) -> nn.Parameter | None:
+    """The parameter ``(O, I)`` that a normalized call is linear in; None for any other node."""
+    if node.op != "call_function" or node.target is not F.linear or len(node.args) < 2:
+        return None
+    return parameter_of(gm, node.args[1]) if _is_parameter(gm, node.args[1], 2) else None
+
+
+def parameter_of(gm: GraphModule, node: Any) -> nn.Parameter | None:
+    """The parameter that a node reads, if it does."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    return gm.get_submodule(owner)._parameters.get(name)
+
+
 # Each gives (x, weight, bias) of a call that is linear in a parameter, or None. Parameters are names or nodes.
 
 
@@ -115,9 +130,5 @@ def _untransposed(node: Any) -> Node | None:
 
 
 def _is_parameter(gm: GraphModule, node: Any, dim: int) -> bool:
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return False
-    tensor: Any = gm
-    for name in str(node.target).split("."):
-        tensor = getattr(tensor, name)
-    return isinstance(tensor, nn.Parameter) and tensor.dim() == dim
+    parameter = parameter_of(gm, node)
+    return parameter is not None and parameter.dim() == dim

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
+from rwfx.passes.normalize import parameter_of, weight_of
 
 # Which operator computes the backward of a call on rows alone, and which masks a dense one. The two tables are
 # the list of what can be sparse: to support one more call is to write its operators and add its line.
@@ -55,21 +55,6 @@ def sparse_backward(
     graph.lint()
     rewritten.recompile()
     return rewritten
-
-
-def weight_of(gm: GraphModule, node: Node) -> nn.Parameter | None:
-    """The parameter that a normalized call is linear in; None for any other node."""
-    if node.op != "call_function" or node.target is not F.linear or len(node.args) < 2:
-        return None
-    return parameter_of(gm, node.args[1])
-
-
-def parameter_of(gm: GraphModule, node: Any) -> nn.Parameter | None:
-    """The parameter that a node reads, if it does."""
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    owner, _, name = str(node.target).rpartition(".")
-    return gm.get_submodule(owner)._parameters.get(name)
 
 
 def _keep(gm: GraphModule, call: Node, operand: int, rows: Node, kept: dict[Any, Node]) -> Node | None:

@@ -51,8 +51,6 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     args, kwargs = split_inputs(example_inputs)
     # Tracing runs the forward pass, which may assign to its modules: it does so to a copy with tables of its own.
     scratch = shared_copy(model)
-    if not scratch.training:
-        scratch.train()
     for module in scratch.modules():
         module.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
     before = {path: _attributes(module) for path, module in scratch.named_modules()}

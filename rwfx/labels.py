@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
 from rwfx.label_rules import RULES, Everywhere, Labels, UnknownShape, operands_of, operation_of
+from rwfx.passes.normalize import weight_of
 
 # The leading dimensions of the first weighted call, where no example says: a batch, of sequences, of grids.
 LEADS = ((2,), (2, 3), (2, 3, 5))
@@ -178,6 +178,7 @@ class _LabelRun(fx.Interpreter):
     ) -> None:
         super().__init__(gm)
         self.extra_traceback = False
+        self.gm = gm
         self.names, self.shapes, self.lead, self.widths = names, shapes or {}, lead, widths
         self.stations: list[WeightUse | Junction] = []
         self.notes: list[str] = []
@@ -207,11 +208,9 @@ class _LabelRun(fx.Interpreter):
         return self.apply(target, getattr(torch.Tensor, target, None), args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        weight = self.node.args[1] if target is F.linear and len(self.node.args) > 1 else None
-        if isinstance(weight, Node) and weight.op == "get_attr":
-            parameter = self.fetch_attr(str(weight.target))
-            if id(parameter) in self.names:
-                return self.weighted(args[0], parameter)
+        weight = weight_of(self.gm, self.node)
+        if weight is not None:
+            return self.weighted(args[0], weight)
         return self.apply(getattr(target, "__name__", str(target)), target, args, kwargs)
 
     def apply(self, operation: str, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:

@@ -15,9 +15,9 @@ from torch import distributed, nn
 from torch.fx import GraphModule, Node
 
 from rwfx.capture import Capture, capture, shared_copy, split_inputs
-from rwfx.passes.normalize import normalize
+from rwfx.passes.normalize import normalize, parameter_of
 from rwfx.passes.sample_rows import SAMPLER, sample_rows
-from rwfx.passes.sparse_backward import MASKED, SPARSE, parameter_of, sparse_backward
+from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.verify import same_outputs, verify
 from rwfx.report import Line
 from rwfx.sparse_module import SparseModule, check_names

@@ -14,3 +14,12 @@ import torch
 def seeded():
     torch.manual_seed(0)
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors of a few numbers: more threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

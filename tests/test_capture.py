@@ -352,3 +352,11 @@ def test_weights_that_are_no_parameters_are_left_alone():
             sparse = rwfx.transform(model, grad=grad)
             assert_close(sparse(x), model(x), rtol=0, atol=0)
             sparse(x).sum().backward()
+
+
+def test_a_vector_as_the_weight_of_a_linear_call_is_left_alone():
+    model = model_with(lambda self, x: F.linear(self.b(self.a(x)), self.v)[..., None])
+    model.v = nn.Parameter(torch.randn(4))
+    sparse = rwfx.transform(model)
+    x = torch.randn(5, 6)
+    assert_close(sparse(x), model(x), rtol=0, atol=0)

@@ -13,14 +13,7 @@ from rwfx import checkpoint as checkpoints
 from rwfx.files import replacing
 from rwfx.train import RandomWalkTrainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers: more threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_equal(here, there):
