@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwfx.experiments import accuracy, machine, steps
+from rwfx.experiments import accuracy, machine
 from rwfx.experiments.accuracy import Plan, Row
 from rwfx.experiments.cli import main
 from rwfx.experiments.data import TensorLoader, load
 from rwfx.experiments.extras import require
 from rwfx.experiments.models import mlp
-from rwfx.experiments.steps import Perceptron, Turn
 from rwfx.experiments.summary import by_run, mean, step_times, summarise, table
 
 PNG = b"\x89PNG"
@@ -254,47 +253,6 @@ def test_equal_seeds_give_equal_networks_and_leave_the_global_generator_alone():
     assert not torch.equal(flat[0], flat[2])
 
 
-def test_step_times_are_measured_for_every_contender_in_every_round(tmp_path, capsys):
-    sizes = [Perceptron((8, 16, 4), 8, (2, 3)), Perceptron((4, 6, 3), 5, (1,))]
-    turns = steps.run(sizes, out=tmp_path, rounds=2, compiled=False, progress=False)
-    per_round = {"8-16-4": 2 + 2 * 2, "4-6-3": 2 + 2 * 1}  # forward and full, and masked and sparse per paths
-    assert len(turns) == 2 * sum(per_round.values())
-    assert all(turn.milliseconds > 0 for turn in turns)
-    rounds = [turn.round for turn in turns if turn.size == "8-16-4"]
-    assert rounds == [0] * 6 + [1] * 6
-    with open(tmp_path / "steps.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(turns)
-    text = (tmp_path / "steps.md").read_text()
-    assert text.count("| 8-16-4 ") == 2
-    assert "- command: " in text
-    assert steps.table(turns) in capsys.readouterr().out
-
-
-def test_speeds_are_ratios_of_the_same_round_to_the_better_dense_run():
-    def turns(kind, num_paths, compiled, times):
-        return [Turn("4-2", 8, num_paths, kind, compiled, number, time) for number, time in enumerate(times)]
-
-    found = steps.table(
-        [
-            *turns("forward", None, False, [2.0, 2.0, 2.0]),
-            *turns("full", None, False, [9.0, 9.0, 9.0]),
-            *turns("sparse", 7, False, [2.0, 6.0, 3.0]),
-            *turns("full", None, True, [6.0, 6.0, 12.0]),
-            *turns("sparse", 7, True, [6.0, 6.0, 6.0]),
-        ]
-    )
-    (line,) = found.splitlines()[2:]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    expected = ["4-2", "8", "7", "6.00 (compiled)", "3.00", "3.00 [1.00 - 4.00]", "1.00 [1.00 - 2.00]"]
-    assert cells == expected
-
-
-@pytest.mark.slow
-def test_step_times_of_compiled_contenders(tmp_path):
-    turns = steps.run([Perceptron((8, 16, 4), 8, (2,))], out=tmp_path, rounds=2, progress=False)
-    assert sum(turn.compiled for turn in turns) == 2 * 3
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -306,8 +264,6 @@ def test_step_times_of_compiled_contenders(tmp_path):
         (["accuracy", "--dataset", "digits", "--epochs", "0"], "epochs must be at least 1; given 0"),
         (["accuracy", "--dataset", "digits", "--batch-size", "2000"], "a batch of 2000 is more than the 1438"),
         (["accuracy", "--dataset", "digits", "--temperature", "-1"], "temperature"),
-        (["steps", "--sizes", "784"], "at least two"),
-        (["steps", "--sizes", "8-4", "--rounds", "0"], "rounds must be at least 1; given 0"),
         ([], "command"),
     ],
 )
@@ -321,16 +277,10 @@ def test_a_wrong_command_line_ends_with_two_and_says_what_is_wrong(arguments, wo
     assert not list(tmp_path.iterdir())
 
 
-def test_sizes_are_read_with_their_own_batch_and_paths():
-    from rwfx.experiments.cli import perceptrons
-
-    assert perceptrons("784-2048-2048-10,8-4") == (steps.PERCEPTRONS[2], Perceptron((8, 4), 128, (50, 200)))
-
-
 def test_the_conditions_name_the_machine_the_versions_and_the_command(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/rwfx/experiments/__main__.py", "steps", "--out", "a folder"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/rwfx/experiments/__main__.py", "speed", "--out", "a folder"])
     found = machine.conditions()
-    assert found["command"] == "python -m rwfx.experiments steps --out 'a folder'"
+    assert found["command"] == "python -m rwfx.experiments speed --out 'a folder'"
     assert torch.__version__ in found["versions"]
     assert "cores" in found["hardware"]
 

@@ -1,1 +1,1 @@
-"""Experiments from the command line: ``python -m rwfx.experiments accuracy`` and ``... steps``."""
+"""Experiments from the command line: ``python -m rwfx.experiments accuracy`` and ``... speed``."""

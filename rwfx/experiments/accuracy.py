@@ -10,15 +10,13 @@ disturbance of the machine meets all.
 """
 
 import copy
-import csv
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Generator
 from tqdm.auto import tqdm
 
@@ -26,9 +24,10 @@ from rwfx.cost import dense_flops
 from rwfx.experiments.data import DataSet, TensorLoader, load
 from rwfx.experiments.extras import require
 from rwfx.experiments.figures import draw_accuracy, draw_step_times
-from rwfx.experiments.machine import as_markdown, conditions
+from rwfx.experiments.machine import as_markdown, check_device, conditions
 from rwfx.experiments.models import mlp
 from rwfx.experiments.summary import summarise, table
+from rwfx.experiments.tables import write_csv
 from rwfx.files import replacing
 from rwfx.history import Record
 from rwfx.train import RandomWalkTrainer
@@ -136,7 +135,7 @@ def run(plan: Plan, *, progress: bool = True) -> list[Row]:
         for seed in range(plan.seeds):
             bar.set_description(f"{plan.dataset} seed {seed + 1}/{plan.seeds}")
             rows += _race(plan, data, epochs, steps, seed, bar)
-            write_csv(plan.out / "accuracy.csv", rows)
+            write_csv(plan.out / "accuracy.csv", Row, rows)
     _report(plan, data, epochs, rows)
     return rows
 
@@ -194,15 +193,6 @@ def _evaluation_rounds(steps: int, count: int) -> set[int]:
     return evenly | growing
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Write one line a row under a line of column names; an absent number is an empty cell."""
-    names = [column.name for column in fields(Row)]
-    with replacing(path, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows([getattr(row, name) for name in names] for row in rows)
-
-
 def _report(plan: Plan, data: DataSet, epochs: int, rows: list[Row]) -> None:
     """Draw the figures, and print and write the table with its conditions."""
     widths = "-".join(str(width) for width in (data.features, *plan.hidden, data.classes))
@@ -233,8 +223,5 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"{name} must be at least 1; given {given}.")
     if len(set(plan.num_paths)) < len(plan.num_paths):
         raise ValueError(f"a number of paths is there twice: {plan.num_paths}.")
-    try:
-        torch.empty(0, device=plan.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {plan.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    check_device(plan.device)
     plan.out.mkdir(parents=True, exist_ok=True)  # better refused now than after the training

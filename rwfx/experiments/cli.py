@@ -4,13 +4,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from rwfx.experiments import accuracy, steps
+from rwfx.experiments import accuracy
 from rwfx.experiments.data import DATA_SETS
-from rwfx.experiments.steps import PERCEPTRONS, Perceptron
+from rwfx.experiments.speed import run as speed
+from rwfx.experiments.speed.plan import DTYPES, PARTS, SIZES, Plan, Size, read_parts, read_size
 from rwfx.train import OPTIMIZERS
+
+TRANSFORM_OPTIONS = {"temperature": float, "epsilon": float, "min_rows": int, "dx": str}
+"""The arguments of ``rwfx.transform`` that a command hands on, and their types."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rwfx.experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_accuracy(commands)
-    _add_steps(commands)
+    _add_speed(commands)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -41,22 +46,33 @@ def numbers(text: str) -> tuple[int, ...]:
     return found
 
 
-def perceptrons(text: str) -> tuple[Perceptron, ...]:
-    """Read ``784-256-128-10,64-32-10``; a size not in ``PERCEPTRONS`` gets batch 128, 50 and 200 paths."""
-    known = {perceptron.name: perceptron for perceptron in PERCEPTRONS}
-    found = []
-    for name in text.split(","):
-        widths = numbers(name.replace("-", ","))
-        if len(widths) < 2:
-            raise argparse.ArgumentTypeError(f"sizes are widths joined by hyphens, at least two; given {name!r}")
-        found.append(known.get(name, Perceptron(widths, 128, (50, 200))))
-    return tuple(found)
+def size(text: str) -> Size:
+    """Read ``784-256-128-10@128:10,50,200``."""
+    try:
+        return read_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parts(text: str) -> tuple[str, ...]:
+    """Read ``steps,memory``."""
+    try:
+        return read_parts(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="cpu", help="where to train (default: cpu)")
+    command.add_argument("--device", default="cpu", help="default: cpu")
     command.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
+    for name, kind in TRANSFORM_OPTIONS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, help="as in rwfx.transform")
+
+
+def _transform_options(options: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in TRANSFORM_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _add_accuracy(commands: argparse._SubParsersAction) -> None:
@@ -78,15 +94,11 @@ def _add_accuracy(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--lr", type=float, default=1e-3)
     command.add_argument("--evaluations", type=int, default=50, help="evaluations of a run (default: 50)")
     command.add_argument("--compile", action="store_true", help="step through torch.compile")
-    for name, kind in {"temperature": float, "epsilon": float, "min-rows": int, "dx": str}.items():
-        command.add_argument(f"--{name}", type=kind, help="as in rwfx.transform")
     _add_common(command)
     command.set_defaults(run=_run_accuracy)
 
 
 def _run_accuracy(options: argparse.Namespace) -> None:
-    names = ("temperature", "epsilon", "min_rows", "dx")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     plan = accuracy.Plan(
         dataset=options.dataset,
         num_paths=options.num_paths,
@@ -101,33 +113,48 @@ def _run_accuracy(options: argparse.Namespace) -> None:
         evaluations=options.evaluations,
         device=options.device,
         compile=options.compile,
-        transform_options=given,
+        transform_options=_transform_options(options),
     )
     accuracy.run(plan, progress=not options.quiet)
 
 
-def _add_steps(commands: argparse._SubParsersAction) -> None:
+def _add_speed(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
-        "steps",
-        help="step times of dense, masked and sparse training, eager and compiled",
-        description=steps.__doc__,
+        "speed",
+        help="step times, memory, the sampler and building: sparse beside dense, eager and compiled",
+        description=speed.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = ",".join(perceptron.name for perceptron in PERCEPTRONS)
-    command.add_argument("--sizes", type=perceptrons, default=PERCEPTRONS, help=f"default: {known}")
+    known = "; ".join(f"on {kind} {' '.join(map(str, sizes))}" for kind, sizes in SIZES.items())
+    command.add_argument(
+        "--sizes",
+        type=size,
+        nargs="+",
+        metavar="WIDTHS@BATCH:PATHS",
+        help="perceptrons, each with its batch and its numbers of paths, such as 784-256-128-10@128:10,50,200 "
+        f"(default: {known})",
+    )
+    command.add_argument("--only", type=parts, default=tuple(PARTS), help=f"default: {','.join(PARTS)}")
     command.add_argument("--rounds", type=int, default=20, help="turns of each contender (default: 20)")
-    command.add_argument("--out", type=Path, default=Path("results/steps"), help="default: results/steps")
     command.add_argument("--eager", action="store_true", help="leave torch.compile out")
+    command.add_argument("--masked", action="store_true", help='measure mode="masked" too')
+    command.add_argument("--dtype", choices=DTYPES, help="of model and data (default: float32; on cuda bfloat16)")
+    command.add_argument("--out", type=Path, default=Plan.out, help=f"default: {Plan.out}")
     _add_common(command)
-    command.set_defaults(run=_run_steps)
+    command.set_defaults(run=_run_speed)
 
 
-def _run_steps(options: argparse.Namespace) -> None:
-    steps.run(
-        options.sizes,
+def _run_speed(options: argparse.Namespace) -> None:
+    kind = "cuda" if options.device.startswith("cuda") else "cpu"
+    plan = Plan(
         out=options.out,
+        parts=options.only,
+        sizes=tuple(options.sizes or SIZES[kind]),
         rounds=options.rounds,
         compiled=not options.eager,
+        masked=options.masked,
         device=options.device,
-        progress=not options.quiet,
+        dtype=DTYPES[options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[kind]],
+        transform_options=_transform_options(options),
     )
+    speed.run(plan, progress=not options.quiet)

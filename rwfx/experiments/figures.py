@@ -42,7 +42,7 @@ def draw_accuracy(rows: Sequence["Row"], against: str, path: Path, title: str) -
     runs = by_run(rows)
     paths = [num_paths for kind, num_paths in runs if kind == "sparse"]
     low, high = _accuracy_limits(rows)
-    figure, panels = _panels(len(paths))
+    figure, panels = make_panels(len(paths))
     seen: list[float] = []
     for panel, num_paths in zip(panels, paths, strict=True):
         for kind, style in STYLES.items():
@@ -60,7 +60,7 @@ def draw_accuracy(rows: Sequence["Row"], against: str, path: Path, title: str) -
     for panel in panels[::COLUMNS]:
         panel.set_ylabel("test accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()
-    _finish(figure, path, _title(title, rows), handles, labels)
+    finish(figure, path, _title(title, rows), handles, labels)
 
 
 def draw_step_times(rows: Sequence["Row"], path: Path, title: str) -> None:
@@ -73,7 +73,7 @@ def draw_step_times(rows: Sequence["Row"], path: Path, title: str) -> None:
         if key[0] != "dense"  # its step is FULL's
     }
     full = times["full", None]
-    figure, (axes,) = _panels(1, width=max(6.0, 2.4 + 1.9 * len(paths)))
+    figure, (axes,) = make_panels(1, width=max(6.0, 2.4 + 1.9 * len(paths)))
     kinds = [kind for kind in ("masked", "sparse") if (kind, paths[0]) in times]
     bars = [(0.0, "full", full)] + [
         (1 + group + 0.42 * (index - (len(kinds) - 1) / 2), kind, times[kind, num_paths])
@@ -110,7 +110,7 @@ def draw_step_times(rows: Sequence["Row"], path: Path, title: str) -> None:
     axes.tick_params(axis="x", length=0)
     handles, labels = axes.get_legend_handles_labels()
     lines = _title(title, rows)
-    _finish(
+    finish(
         figure,
         path,
         (*lines, "\nabove the bars: milliseconds, and the speed where FULL's is 1"),
@@ -119,15 +119,15 @@ def draw_step_times(rows: Sequence["Row"], path: Path, title: str) -> None:
     )
 
 
-def _panels(count: int, width: float | None = None) -> tuple[Any, list[Any]]:
-    """Make ``count`` panels with common axes, ``COLUMNS`` to a row."""
+def make_panels(count: int, width: float | None = None, shared: bool = True) -> tuple[Any, list[Any]]:
+    """Make ``count`` panels, ``COLUMNS`` to a row, with common axes unless not ``shared``."""
     require("matplotlib")
     figure_module = require("matplotlib.figure")
     columns = min(count, COLUMNS)
     lines = math.ceil(count / columns)
     size = (width or max(6.0, 1.0 + 3.8 * columns), 1.3 + 3.2 * lines)
     figure = figure_module.Figure(figsize=size, layout="constrained")  # no pyplot: no global state, no display
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(lines, columns, sharex=shared, sharey=shared, squeeze=False)
     panels = list(grid.flat)
     for spare in panels[count:]:
         spare.remove()
@@ -192,7 +192,7 @@ def _count(number: int | None, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _finish(figure: Any, path: Path, title: Sequence[str], handles: list[Any], labels: list[str]) -> None:
+def finish(figure: Any, path: Path, title: Sequence[str], handles: list[Any], labels: list[str]) -> None:
     """Put the title above and the legend below, outside the panels, and write the figure."""
     figure.suptitle("\n".join([title[0], "".join(title[1:])]), fontsize=11)
     width = figure.get_figwidth()

@@ -23,11 +23,41 @@ def conditions(device: torch.device | str = "cpu") -> dict[str, str]:
     }
 
 
+def cuda_conditions(device: torch.device | str) -> dict[str, str]:
+    """Describe how exact a CUDA device's products are, or say that none was measured."""
+    if torch.device(device).type != "cuda":
+        there = "a CUDA device is there, and was not asked for" if torch.cuda.is_available() else "no CUDA device here"
+        return {"CUDA": f"not measured ({there})"}
+    matmul = torch.backends.cuda.matmul
+    return {
+        "CUDA": f"{torch.version.cuda}, times by device events",
+        "TF32": f"in float32 products {_allowed(matmul.allow_tf32)} "
+        f"(float32 matmul precision {torch.get_float32_matmul_precision()!r})",
+        "bfloat16": f"sums of products in reduced precision {_allowed(matmul.allow_bf16_reduced_precision_reduction)}",
+    }
+
+
+def check_device(device: torch.device | str) -> None:
+    """Refuse a device that cannot be used.
+
+    Raises:
+        ValueError: with torch's own reason.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def as_markdown(found: dict[str, str]) -> str:
     """Give the conditions as a list, one a line."""
     return "\n".join(
         f"- {name}: `{value}`" if name == "command" else f"- {name}: {value}" for name, value in found.items()
     )
+
+
+def _allowed(flag: bool | str) -> str:
+    return "allowed" if flag else "not allowed"
 
 
 def _processor() -> str:

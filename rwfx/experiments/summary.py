@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rwfx.experiments.extras import require
+from rwfx.experiments.tables import markdown
 
 if TYPE_CHECKING:
     from rwfx.experiments.accuracy import Row
@@ -122,16 +123,6 @@ def table(lines: Sequence[Line]) -> str:
         for line in lines
     ]
     return markdown(header, cells)
-
-
-def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Give a Markdown table whose columns are aligned in the source too."""
-    widths = [max(len(row[index]) for row in [header, *cells]) for index in range(len(header))]
-    rule = ["-" * width for width in widths]
-    lines = [
-        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, rule, *cells]
-    ]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def _text(number: Mean, scale: float, digits: int) -> str:

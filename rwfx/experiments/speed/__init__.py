@@ -1,0 +1,1 @@
+"""``python -m rwfx.experiments speed``: the time and memory of a step, beside the dense one's."""

@@ -1,0 +1,88 @@
+"""Timing by turns in one process.
+
+In: calls, A, B, C. Out: the time of each in every round. A *round* gives every call one turn, A B C A B C ...,
+so that a disturbance of the machine meets all; a *turn* is a few calls in a row, as many of each, timed together.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+Call = Callable[[], object]
+
+TURN_MILLISECONDS = 20.0
+"""What a turn of the slowest call should take at least."""
+MOST_CALLS = 10
+"""Calls in a turn at most."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some numbers, the least and the greatest."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Summarise ``values``."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.least:.2f} - {self.greatest:.2f}]"
+
+
+def ratios(numbers: Sequence[float], over: Sequence[float]) -> list[float]:
+    """Divide pair by pair: times of the same round."""
+    return [number / other for number, other in zip(numbers, over, strict=True)]
+
+
+def take_turns(calls: Sequence[Call], rounds: int, device: str, bar: tqdm) -> Iterator[tuple[int, int, float]]:
+    """Warm every call up, then give ``rounds`` rounds.
+
+    ``bar`` moves by one for each call's warm-up and for each turn: ``len(calls) * (rounds + 1)`` in all.
+
+    Yields:
+        After each turn its round, the call's place in ``calls``, and the milliseconds of one call.
+    """
+    slowest = 0.0
+    for call in calls:
+        call()  # compiles what is to be compiled
+        slowest = max(slowest, min(milliseconds(call, 1, device) for _ in range(3)))
+        bar.update()
+    count = calls_a_turn(slowest)
+    for number in range(rounds):
+        for place, call in enumerate(calls):
+            yield number, place, milliseconds(call, count, device)
+            bar.update()
+
+
+def calls_a_turn(slowest: float) -> int:
+    """So many calls that a turn of the slowest takes ``TURN_MILLISECONDS``, and no more than ``MOST_CALLS``."""
+    return max(1, min(MOST_CALLS, round(TURN_MILLISECONDS / slowest)))
+
+
+def milliseconds(call: Call, count: int, device: str) -> float:
+    """Make ``count`` calls in a row and give the milliseconds of one.
+
+    On a CUDA device the time is that between two events of its stream, the waiting for the CPU included.
+    """
+    if torch.device(device).type == "cuda":
+        with torch.cuda.device(device):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            first.record()
+            for _ in range(count):
+                call()
+            last.record()
+            torch.cuda.synchronize()
+            return first.elapsed_time(last) / count
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    return 1000 * (time.perf_counter() - started) / count
