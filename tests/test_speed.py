@@ -268,11 +268,12 @@ def test_saved_activations_are_counted_once_and_without_the_parameters():
     x = torch.randn(6, 8)
 
     def loss():
-        y = linear(x)  # saves x and the weight
+        y = linear(x)  # saves x
         return (y.exp() * y.view(16, 6).t().reshape(6, 16)).sum()  # saves exp(y), once, and a copy of y
 
     assert memory.saved_bytes(linear, loss) == 4 * (6 * 8 + 6 * 16 + 6 * 16)
-    assert memory.saved_bytes(linear, lambda: linear(x.view(3, 2, 8)) + linear(x).view(3, 2, 16)) == 4 * 6 * 8
+    two = nn.Sequential(linear, nn.Linear(16, 4))  # saves x, the hidden features, and the second weight
+    assert memory.saved_bytes(two, lambda: two(x)) == 4 * (6 * 8 + 6 * 16)
 
 
 @pytest.mark.skipif(not memory.PROC.exists(), reason="reads /proc")
@@ -446,10 +447,13 @@ def test_a_wrong_argument_ends_with_two_before_any_work(arguments, words, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys):
-    (tmp_path / "taken").write_text("")
-    assert main(["speed", "--out", str(tmp_path / "taken"), "--quiet"]) == 2
-    assert "taken" in capsys.readouterr().err
+@pytest.mark.parametrize("out", ["a file", "/proc"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(run.__globals__, "MEASURES", {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").write_text("")
+    assert main(["speed", "--out", out, "--quiet"]) == 2
+    assert f"folder '{out}' cannot be written to: " in capsys.readouterr().err
 
 
 def test_a_series_of_one_point_is_refused(tmp_path):

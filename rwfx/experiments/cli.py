@@ -134,7 +134,8 @@ def _add_speed(commands: argparse._SubParsersAction) -> None:
         help="perceptrons, each with its batch and its numbers of paths, such as 784-256-128-10@128:10,50,200 "
         f"(default: {known})",
     )
-    command.add_argument("--only", type=parts, default=tuple(PARTS), help=f"default: {','.join(PARTS)}")
+    known = ",".join(PARTS)
+    command.add_argument("--only", type=parts, default=tuple(PARTS), metavar="PARTS", help=f"of {known} (default: all)")
     command.add_argument("--rounds", type=int, default=20, help="turns of each contender (default: 20)")
     command.add_argument("--eager", action="store_true", help="leave torch.compile out")
     command.add_argument("--masked", action="store_true", help='measure mode="masked" too')

@@ -32,7 +32,7 @@ def run(plan: Plan, *, progress: bool = True) -> str:
     """Measure the parts of ``plan``, write their files and ``speed.md`` into ``plan.out``, and print the latter.
 
     Raises:
-        ValueError, ImportError, OSError: something about the plan or the machine will not do; before any work.
+        ValueError, ImportError: something about the plan or the machine will not do; before any work.
         ChildProcessError: a measurement in a process of its own failed.
     """
     check(plan)
@@ -55,9 +55,12 @@ def check(plan: Plan) -> None:
     if "sampler" in plan.parts:
         sampler.check_draws(plan.draws)
         require("matplotlib")
-    plan.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=plan.out):
-        pass
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=plan.out):
+            pass
+    except OSError as error:
+        raise ValueError(f"folder {os.fspath(plan.out)!r} cannot be written to: {error.strerror}") from error
 
 
 def _conditions(plan: Plan) -> str:
