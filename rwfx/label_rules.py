@@ -251,6 +251,12 @@ _FILES = {
 }
 
 
+def bare_name(operation: Any) -> str:
+    """The name under which an operation has a rule: a function, or a function's or method's name, as fx holds it."""
+    name = (operation if isinstance(operation, str) else getattr(operation, "__name__", str(operation))).strip("_")
+    return name if name in RULES else name.removeprefix("i")
+
+
 def operation_of(module: nn.Module) -> str:
     """The operation that a module performs, or its class name where there is no rule for it."""
     kind = type(module)

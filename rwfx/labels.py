@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
-from rwfx.label_rules import RULES, Everywhere, Labels, UnknownShape, operands_of, operation_of
+from rwfx.label_rules import RULES, Everywhere, Labels, UnknownShape, bare_name, operands_of, operation_of
 from rwfx.passes.normalize import weight_of
 
 # The leading dimensions of the first weighted call, where no example says: a batch, of sequences, of grids.
@@ -216,8 +216,7 @@ class _LabelRun(fx.Interpreter):
     def apply(self, operation: str, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
         """Follow the rule of an operation, found by its name."""
         operands = operands_of(args, kwargs)
-        name = operation.strip("_")
-        rule = RULES.get(name) or RULES.get(name.removeprefix("i"))
+        rule = RULES.get(bare_name(operation))
         try:
             if not operands:
                 return tree_map(_constant, function(*args, **kwargs)) if function else Everywhere(-1)

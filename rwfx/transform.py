@@ -1,9 +1,10 @@
 """The front door: a model in, the same model with a row-sparse backward pass out.
 
-capture -> normalize -> weight graph -> sample_rows -> sparse_backward -> verify
+capture -> normalize -> weight graph -> sample_rows -> sparse_backward -> read_columns -> verify
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import inf
@@ -14,21 +15,24 @@ import torch
 from torch import distributed, nn
 from torch.fx import GraphModule, Node
 
+from rwfx import native
 from rwfx.capture import Capture, capture, shared_copy, split_inputs
 from rwfx.passes.normalize import normalize, parameter_of
+from rwfx.passes.read_columns import read_columns
 from rwfx.passes.sample_rows import SAMPLER, sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.verify import same_outputs, verify
 from rwfx.report import Line
 from rwfx.sparse_module import SparseModule, check_names
-from rwfx.walk import RowSampler, WalkOptions
+from rwfx.walk import RowSampler, WalkOptions, rows_kept
 from rwfx.weight_graph import WeightGraph, graph_of
 
 
 def transform(
     model: nn.Module,
-    num_paths: int = 50,
+    num_paths: int | None = None,
     *,
+    density: float | None = None,
     temperature: float = 1.0,
     epsilon: float = 0.0,
     min_rows: int = 1,
@@ -52,7 +56,12 @@ def transform(
 
     Args:
         model: an ``nn.Module`` that ``torch.fx`` can trace symbolically.
-        num_paths: walks a step, at least 1. They start at the rows of the output weights.
+        num_paths: walks a step, at least 1; 50 by default. They start at the rows of the output weights.
+        density: above 0 and at most 1. Every row set then has the same number of rows at every step, this share of its
+            weight's, rounded up: the rows that the first walks come by, and where ``num_paths`` walks (by default
+            twice as many as the largest row set) visit fewer, others as well, uniformly without replacement. No shape
+            changes from step to step and nothing is read back from a GPU, as CUDA graphs need
+            (``torch.compile(mode="reduce-overhead")``).
         temperature: above 0. A step at row ``i`` draws feature ``j`` with ``p ~ |W[i, j]| ** (1 / temperature)``.
         epsilon: from 0 to 1, the probability of a uniform step instead.
         min_rows: a row set with fewer rows is filled up to so many, uniformly without replacement.
@@ -75,7 +84,9 @@ def transform(
         TypeError, ValueError: an argument is not allowed, the model cannot be traced, has no linear weight, or no
             weight is left to make sparse. Nothing has been changed then.
     """
-    options = WalkOptions(num_paths, temperature, epsilon, min_rows, resample_every)
+    options = WalkOptions(
+        50 if num_paths is None else num_paths, density, temperature, epsilon, min_rows, resample_every
+    )
     _check_options(options)
     _check_choices(mode, dx, grad, seed)
     dx = dx or ("full" if mode == "masked" else "rows")
@@ -93,11 +104,17 @@ def transform(
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
         raise ValueError(f"no weight is left to make sparse ({reasons}).")
 
+    if num_paths is None and density is not None:
+        most = max(rows_kept(line.rows, options) for line in lines if not line.dense_because)
+        options = replace(options, num_paths=2 * most)
+
     seed = _common_seed() if seed is None else int(seed)
     device = captured.host.get_parameter(kept[0]).device
+    if device.type == "cpu":
+        native.ready()
     gm, rows = sample_rows(gm, RowSampler(graph, kept, options, seed).to(device))
     gm = sparse_backward(gm, rows, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
-    gm = verify(gm, model, rows)
+    gm = verify(read_columns(gm), model, rows)
 
     settings = {**vars(options), "mode": mode, "dx": dx, "grad": grad, "seed": seed}
     sparse_model = SparseModule.over(
@@ -225,6 +242,8 @@ def _patterns(dense: Any) -> tuple[str, ...]:
 
 def _check_options(options: WalkOptions) -> None:
     _check_number("num_paths", options.num_paths, Integral, 1)
+    if options.density is not None:
+        _check_number("density", options.density, Real, 0, 1, above=True)
     _check_number("temperature", options.temperature, Real, 0, above=True)
     _check_number("epsilon", options.epsilon, Real, 0, 1)
     _check_number("min_rows", options.min_rows, Integral, 0)

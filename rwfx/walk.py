@@ -11,6 +11,7 @@ with the same probability; where none is, it ends.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,17 @@ class WalkOptions:
     """How the walks of a step are drawn; ``rwfx.transform`` describes each."""
 
     num_paths: int
+    density: float | None = None
     temperature: float = 1.0
     epsilon: float = 0.0
     min_rows: int = 1
     resample_every: int = 1
+
+
+def rows_kept(num_rows: int, options: WalkOptions) -> int:
+    """How many rows the set of a weight has under ``density``."""
+    assert options.density is not None
+    return max(ceil(options.density * num_rows), min(options.min_rows, num_rows), 1)
 
 
 def random_walks(
@@ -54,8 +62,6 @@ def random_walks(
     stations, tables = stations_of(graph, names)
     tensors = [weights[name].detach() for name in names]
     device = tensors[0].device
-    walks = torch.full((num_paths, len(graph.uses)), -1, device=device)
-    column = {station: k for k, station in enumerate(s for s in range(len(stations)) if stations[s].weight >= 0)}
     visits = sweep(
         stations,
         tensors,
@@ -65,11 +71,10 @@ def random_walks(
         num_paths,
         temperature,
         epsilon,
-        torch.Generator(device).manual_seed(mix(seed, 0)),
+        mix(*torch.tensor([seed, 0])),
     )
-    for station, walks_P, rows_P in visits:
-        walks[walks_P, column[station]] = rows_P
-    return walks
+    passes = [rows_P for _, rows_P in visits]
+    return torch.stack(passes[::-1], 1)
 
 
 def stations_of(graph: WeightGraph, names: Sequence[str]) -> tuple[tuple[Station, ...], list[Tensor]]:
@@ -111,19 +116,23 @@ class RowSampler(nn.Module):
         self._tables = _Buffers(tables)
         self._starts = _Buffers(graph.heads.values())
         self.sizes = tuple(graph.rows(name) for name in kept)
+        self._exactly = [] if options.density is None else [rows_kept(n, options) for n in self.sizes]
         last = torch.zeros(len(kept) + 1 + sum(self.sizes), dtype=torch.int64)
         self.register_buffer("last", last, persistent=False)
-        # Not a buffer: it stays on the CPU wherever the model goes, so that reading it never waits for a GPU.
-        self.state = torch.tensor([seed, 0])
-        self._tick = torch.tensor([0, 1])
+        state, tick = torch.tensor([seed, 0]), torch.tensor([0, 1])
+        if self._exactly:  # moves with the model: nothing of a step has to come back from a GPU
+            self.register_buffer("state", state, persistent=False)
+            self.register_buffer("_tick", tick, persistent=False)
+        else:  # stays on the CPU wherever the model goes: reading it never waits for a GPU
+            self.state, self._tick = state, tick
 
     def forward(self, *weights: Tensor) -> list[Tensor]:
         """Row sets for this step: ``(K,)`` int64, sorted, one per weight of ``kept``."""
         if not torch.is_grad_enabled():
-            return [self.last.new_empty(0) for _ in self.kept]
+            return [self.last.new_empty(0)] * len(self.kept)
         options = self.options
         *rows, last = torch.ops.rwfx.walk.default(
-            [weight.detach() for weight in weights],
+            weights,
             self._kept,
             self._tables.tensors(),
             self._heads,
@@ -135,6 +144,7 @@ class RowSampler(nn.Module):
             options.temperature,
             options.epsilon,
             options.min_rows,
+            self._exactly,
             options.resample_every,
         )
         self.last.copy_(last)
@@ -147,7 +157,7 @@ class RowSampler(nn.Module):
 
     def sampler_state(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on with the same draws."""
-        return {"state": self.state.clone(), "last": self.last.cpu().clone()}
+        return {"state": self.state.cpu().clone(), "last": self.last.cpu().clone()}
 
     def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where ``sampler_state`` was taken.

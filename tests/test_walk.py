@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import ZOO, Gated, Heads, Residual, make
 
 import rwfx
-from rwfx.ops.walk import draw_features, mix, pack_stations, unpack_stations
+from rwfx.ops.walk import bits, draw_features, mix, pack_stations, unpack_stations
+from rwfx.ops.walk import uniform as uniform_numbers
 from rwfx.walk import stations_of
 
 WALKS = 40_000
@@ -111,6 +112,11 @@ def test_a_gated_unit_leads_to_gate_and_value():
     assert_drawn_from(walk(model), [into / 2, into / 2, uniform(3)])
 
 
+def draw(weight, rows, temperature=1.0):
+    u, v = uniform_numbers(mix(*torch.tensor([0, 0])), torch.tensor([[0], [1]]), torch.arange(len(rows)))
+    return draw_features(weight, rows, temperature, 0.0, u, v)
+
+
 @pytest.mark.parametrize(
     "row",
     [torch.zeros(6), torch.tensor([1.0, float("nan"), 0, 0, 0, 0]), torch.tensor([1.0, float("inf"), 0, 0, 0, 0])],
@@ -119,7 +125,7 @@ def test_a_gated_unit_leads_to_gate_and_value():
 def test_an_all_zero_or_non_finite_row_is_drawn_from_uniformly(row, temperature):
     weight = torch.stack([torch.arange(6.0), row])
     rows = torch.ones(WALKS, dtype=torch.int64)
-    features = draw_features(weight, rows, temperature, 0.0, torch.Generator().manual_seed(0))
+    features = draw(weight, rows, temperature)
     assert chisquare(torch.bincount(features, minlength=6)).pvalue > SIGNIFICANCE
 
 
@@ -129,13 +135,13 @@ def test_a_feature_of_weight_zero_is_never_drawn(dtype):
     weight[:, 7::100] = torch.linspace(0.01, 100, 10).to(dtype)
     weight[:, -1] = 0
     rows = torch.arange(3).repeat(20_000)
-    features = draw_features(weight, rows, 1.0, 0.0, torch.Generator().manual_seed(0))
+    features = draw(weight, rows)
     assert set((features % 100).tolist()) == {7}
 
 
 def test_large_weights_do_not_overflow_at_low_temperature():
     weight = torch.tensor([[1e30, 2e30, 0.0]])
-    features = draw_features(weight, torch.zeros(9000, dtype=torch.int64), 0.1, 0.0, torch.Generator().manual_seed(0))
+    features = draw(weight, torch.zeros(9000, dtype=torch.int64), 0.1)
     assert set(features.tolist()) == {0, 1}
     assert features.float().mean() > 0.99
 
@@ -238,14 +244,22 @@ def test_stations_survive_packing():
 
 
 def test_streams_of_neighbouring_seeds_and_steps_do_not_meet():
-    seeds = {mix(seed, step) for seed in range(200) for step in range(200)}
-    assert len(seeds) == 200 * 200
-    assert all(0 <= s < 2**63 for s in seeds)
-    first = [
-        torch.rand(1, generator=torch.Generator().manual_seed(mix(s, t))).item() for s in range(40) for t in range(40)
-    ]
-    bins = torch.histc(torch.tensor(first), 10, 0, 1)
-    assert chisquare(bins).pvalue > SIGNIFICANCE
+    seeds, steps = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
+    keys = mix(seeds, steps)
+    assert len(keys.unique()) == 200 * 200
+    assert (keys >= 0).all()
+    first = uniform_numbers(keys[:40, :40].reshape(-1), torch.tensor(0), torch.tensor(0))
+    assert chisquare(torch.histc(first, 10, 0, 1)).pvalue > SIGNIFICANCE
+
+
+def test_random_numbers_are_uniform_and_those_of_a_published_generator():
+    # The first numbers of SplitMix64 from state 0, as published with its reference implementation.
+    assert bits(torch.tensor(0), 0, torch.arange(2)).tolist() == [0xE220A8397B1DCDAF - 2**64, 0x6E789E6AA1B965F4]
+    numbers = uniform_numbers(torch.tensor(7), torch.arange(8)[:, None], torch.arange(5000))
+    assert 0 <= numbers.min() < numbers.max() < 1
+    for stream in numbers:
+        assert chisquare(torch.histc(stream, 50, 0, 1)).pvalue > SIGNIFICANCE
+    assert torch.corrcoef(numbers).fill_diagonal_(0).abs().max() < 5 / 5000**0.5
 
 
 def test_equal_seeds_give_equal_walks():

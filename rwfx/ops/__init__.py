@@ -3,8 +3,11 @@
 They know tensors and row sets, and nothing of graphs or models.
 """
 
+from rwfx import native
 from rwfx.ops.linear import masked_linear, row_linear
-from rwfx.ops.row_gradient import keep_rows, pack_rows, row_wgrad, take_rows
+from rwfx.ops.row_gradient import keep_rows, pack_rows, take_rows
 from rwfx.ops.walk import walk
 
-__all__ = ["keep_rows", "masked_linear", "pack_rows", "row_linear", "row_wgrad", "take_rows", "walk"]
+__all__ = ["keep_rows", "masked_linear", "pack_rows", "row_linear", "take_rows", "walk"]
+
+native.load_if_built()

@@ -7,17 +7,34 @@ the same gradients:
 ``rwfx::masked_linear``  does them densely and masks what comes out: the method of the original research
                          code, which saves nothing and is kept to compare with.
 
-Axes: B the leading dimensions flattened, I input features, O rows of the weight, K rows of the set.
+This is the implementation for every device; on a CPU the backward pass of ``row_linear`` is ``rwfx/native/linear.cpp``.
+
+Axes: B the leading dimensions flattened, I input features, O rows of the weight, K rows of the set, C columns.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rwfx.ops.row_gradient import row_wgrad, take_rows
+from rwfx.ops.inductor import let_inductor_compare_sparse
+from rwfx.ops.row_gradient import pack_rows, row_gradient, take_rows
+
+_library = torch.library.Library("rwfx", "FRAGMENT")
+_library.define(
+    "row_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rows, str dx='rows', str grad='dense', "
+    "ScalarType? dtype=None, Tensor? kept_weight=None, Tensor? kept_bias=None, Tensor? columns=None, "
+    "str activation='') -> Tensor"
+)
+_library.define(
+    "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rows, str dx='rows', str grad='dense', "
+    "ScalarType? dtype=None, Tensor? kept_weight=None, Tensor? kept_bias=None) -> Tensor"
+)
 
 
-@torch.library.custom_op("rwfx::row_linear", mutates_args=())
 def row_linear(
     x: Tensor,
     weight: Tensor,
@@ -28,14 +45,17 @@ def row_linear(
     dtype: torch.dtype | None = None,
     kept_weight: Tensor | None = None,
     kept_bias: Tensor | None = None,
+    columns: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
-    """``y = x @ weight.T + bias``; the backward computes only ``rows`` of the parameters' gradients.
+    """``y = a @ weight.T + bias``, ``a = activation(x)``; the backward computes only ``rows`` of the weight's gradient.
 
-    With ``g = dL/dy`` and ``R = rows``::
+    With ``g = dL/dy``, ``R = rows`` and ``C = columns``::
 
-        dx    = g[:, R] @ weight[R]        (dx="full": g @ weight)
-        dw[R] = g[:, R].T @ x              zero, or absent, elsewhere
-        db[R] = g[:, R].sum(0)             zero, or absent, elsewhere
+        da[:, C] = g[:, R] @ weight[R][:, C]      (dx="full": da = g @ weight)
+        dx       = da * activation'(x)
+        dw[R]    = g[:, R].T @ a                  zero, or absent, elsewhere
+        db[R]    = g[:, R].sum(0)                 zero, or absent, elsewhere
 
     Args:
         x: ``(*, I)``, any leading shape.    weight: ``(O, I)``.    bias: ``(O,)`` or None.
@@ -49,16 +69,21 @@ def row_linear(
             receive the gradients then, and ``weight`` and ``bias`` none: those of all calls are summed on
             the rows before they are made row gradients, since two of these cannot be added in a
             compiled graph.
+        columns: ``(C,)`` int64, like ``rows`` for the features of ``x``: a promise that nothing reads the gradient of
+            the others. That may be left out then, which is to say zero. Not used with ``dx="full"``.
+        activation: ``"relu"``, ``"gelu"``, ``"silu"``, ``"tanh"``, ``"sigmoid"`` of ``torch.nn.functional``, or empty
+            for ``a = x``. Its backward too is confined to ``columns``.
 
     What needs no gradient (a frozen weight, the model's input) costs nothing in the backward pass.
 
     Raises:
-        ValueError: ``rows`` is not int64 or not one-dimensional.
+        ValueError: ``rows`` is not int64 or not one-dimensional; no such activation.
     """
-    return _linear(x, weight, bias, rows, dtype)
+    return torch.ops.rwfx.row_linear.default(
+        x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation
+    )
 
 
-@torch.library.custom_op("rwfx::masked_linear", mutates_args=())
 def masked_linear(
     x: Tensor,
     weight: Tensor,
@@ -80,120 +105,208 @@ def masked_linear(
 
     Arguments and errors are those of ``row_linear``.
     """
-    return _linear(x, weight, bias, rows, dtype)
+    return torch.ops.rwfx.masked_linear.default(x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias)
 
 
-def _linear(x, weight, bias, rows, dtype):
-    if rows.dtype != torch.int64 or rows.dim() != 1:
-        raise ValueError(
-            f"rows must be a one-dimensional int64 tensor of row numbers, got {rows.dtype} of shape "
-            f"{tuple(rows.shape)}."
-        )
+class Activation(NamedTuple):
+    """What may be computed of the input first."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]  # from the output's gradient, and the input or the output
+    of_input: bool
+
+
+_aten = torch.ops.aten
+ACTIVATIONS = {
+    "relu": Activation(F.relu, lambda g, a: _aten.threshold_backward(g, a, 0), of_input=False),
+    "gelu": Activation(F.gelu, lambda g, x: _aten.gelu_backward(g, x), of_input=True),
+    "silu": Activation(F.silu, lambda g, x: _aten.silu_backward(g, x), of_input=True),
+    "tanh": Activation(torch.tanh, lambda g, a: _aten.tanh_backward(g, a), of_input=False),
+    "sigmoid": Activation(torch.sigmoid, lambda g, a: _aten.sigmoid_backward(g, a), of_input=False),
+}
+
+
+class _Linear(torch.autograd.Function):
+    """What both operators have in common: the forward, and what the backward needs of it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation):
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise ValueError(
+                f"rows must be a one-dimensional int64 tensor of row numbers, got {rows.dtype} of shape "
+                f"{tuple(rows.shape)}."
+            )
+        ctx.activation = _activation(activation)
+        a = ctx.activation.forward(x) if ctx.activation else x
+        ctx.kept = kept_weight is not None
+        trained = (kept_weight if ctx.kept else weight).requires_grad
+        activated = (x if ctx.activation.of_input else a) if ctx.activation and x.requires_grad else None
+        # Only what the backward pass reads.
+        ctx.save_for_backward(a if trained else None, activated, weight if x.requires_grad else None, rows, columns)
+        ctx.dx, ctx.grad, ctx.x_dtype, ctx.dtype = dx, grad, x.dtype, weight.dtype
+        # Not an operator of ours, so that a compiler sees a product like any other.
+        return _product(a, weight, bias, dtype)
+
+    @staticmethod
+    def through_activation(ctx, da_BI, activated_BI):
+        da_BI = da_BI.to(ctx.x_dtype)
+        return ctx.activation.backward(da_BI, activated_BI) if ctx.activation else da_BI
+
+    @staticmethod
+    def gradients(ctx, g, dx, dw, db):
+        if dx is not None:
+            dx = dx.reshape(*g.shape[:-1], dx.shape[-1])
+        return (dx, *[None] * 6, dw, db, None, None) if ctx.kept else (dx, dw, db, *[None] * 8)
+
+    @staticmethod
+    def needs(ctx):
+        return ctx.needs_input_grad[0], *(ctx.needs_input_grad[7:9] if ctx.kept else ctx.needs_input_grad[1:3])
+
+
+class _RowLinear(_Linear):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        a, activated, weight, rows, columns = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
+        num_rows = g.shape[-1]
+        g_BO = g.reshape(-1, num_rows)
+        g_BK = g_BO.index_select(1, rows)
+
+        def of_parameter(values):
+            values = values.to(ctx.dtype)
+            if ctx.kept:
+                return values
+            if ctx.grad == "rows":
+                return pack_rows(values, rows, num_rows)
+            return values.new_zeros((num_rows, *values.shape[1:])).index_copy(0, rows, values)
+
+        dx = dw = db = None
+        if needs_x:
+            activated_BI = None if activated is None else activated.reshape(-1, weight.shape[1])
+            if ctx.dx == "full":
+                dx = _Linear.through_activation(ctx, g_BO @ weight.to(g.dtype), activated_BI)
+            elif columns is None:
+                dx = _Linear.through_activation(ctx, g_BK @ weight.index_select(0, rows).to(g.dtype), activated_BI)
+            else:
+                activated_BC = None if activated_BI is None else activated_BI.index_select(1, columns)
+                w_KC = weight.index_select(0, rows).index_select(1, columns).to(g.dtype)
+                dx_BC = _Linear.through_activation(ctx, g_BK @ w_KC, activated_BC)
+                dx = dx_BC.new_zeros(len(g_BK), weight.shape[1]).index_copy(1, columns, dx_BC)
+        if needs_weight:
+            dw = of_parameter(g_BK.t() @ a.reshape(-1, a.shape[-1]).to(g.dtype))
+        if needs_bias:
+            db = of_parameter(g_BK.sum(0))
+        return _Linear.gradients(ctx, g, dx, dw, db)
+
+
+class _MaskedLinear(_Linear):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, _, weight, rows, _ = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
+        num_rows = g.shape[-1]
+        g_BO = g.reshape(-1, num_rows)
+        # Filled, not multiplied: a masked entry is zero also where the dense one is not finite.
+        masked_O = torch.ones(num_rows, dtype=torch.bool, device=g.device).index_fill(0, rows, False)
+
+        def of_parameter(dense):
+            dense = dense.to(ctx.dtype)
+            if ctx.kept:
+                return dense.index_select(0, rows)
+            if ctx.grad == "rows":
+                return take_rows(dense, rows)
+            return dense.masked_fill(masked_O.view(-1, *[1] * (dense.dim() - 1)), 0)
+
+        dx = dw = db = None
+        if needs_x:
+            g_x = g_BO if ctx.dx == "full" else g_BO.masked_fill(masked_O, 0)
+            dx = _Linear.through_activation(ctx, g_x @ weight.to(g.dtype), None)
+        if needs_weight:
+            dw = of_parameter(g_BO.t() @ x.reshape(-1, x.shape[-1]).to(g.dtype))
+        if needs_bias:
+            db = of_parameter(g_BO.sum(0))
+        return _Linear.gradients(ctx, g, dx, dw, db)
+
+
+def _activation(name: str) -> Activation | None:
+    if name and name not in ACTIVATIONS:
+        raise ValueError(f"activation must be {', '.join(ACTIVATIONS)} or empty, got {name}.")
+    return ACTIVATIONS.get(name)
+
+
+def _product(a: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
-        return F.linear(x, weight, bias)
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return F.linear(a, weight, bias)
+    return F.linear(a.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-@row_linear.register_fake
-@masked_linear.register_fake
-def _fake(x, weight, bias, rows, dx="rows", grad="dense", dtype=None, kept_weight=None, kept_bias=None):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
+def _register(op: str, function: type[_Linear]) -> None:
+    """The operator's implementation for every device, which is its autograd, and its part in autocast."""
+
+    def forward(
+        x,
+        weight,
+        bias,
+        rows,
+        dx="rows",
+        grad="dense",
+        dtype=None,
+        kept_weight=None,
+        kept_bias=None,
+        columns=None,
+        activation="",
+    ):
+        return function.apply(x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation)
+
+    def without_gradient(x, *others, **named):
+        with torch.no_grad():
+            return forward(x, *others, **named)
+
+    _library.impl(op, forward, "Autograd")
+    _library.impl(op, without_gradient, "CompositeExplicitAutograd")
+    for device, key in {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}.items():
+        _library.impl(op, _in_autocast(getattr(torch.ops.rwfx, op).default, device), key)
 
 
-def _save(ctx, inputs, output) -> None:
-    x, weight, _, rows, ctx.dx, ctx.grad, dtype, kept_weight, _ = inputs
-    ctx.save_for_backward(x, weight, rows)
-    ctx.dtype = dtype or x.dtype
-    ctx.kept = kept_weight is not None
-
-
-def _row_backward(ctx, g):
-    x, weight, rows = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = _needs(ctx)
-    num_rows = weight.shape[0]
-    g_BO = g.reshape(-1, num_rows)
-    g_BK = g_BO.index_select(1, rows)
-    dx = dw = db = None
-    if needs_x:
-        if ctx.dx == "full":
-            dx = g_BO @ weight.to(ctx.dtype)
-        else:
-            dx = g_BK @ weight.index_select(0, rows).to(ctx.dtype)
-    if needs_weight:
-        x_BI = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        if ctx.grad == "rows" and not ctx.kept:
-            dw = row_wgrad(g_BK, x_BI, rows, num_rows, weight.dtype)
-        else:
-            dw = (g_BK.t() @ x_BI).to(weight.dtype)
-            dw = dw if ctx.kept else weight.new_zeros(weight.shape).index_copy(0, rows, dw)
-    if needs_bias:
-        if ctx.grad == "rows" and not ctx.kept:
-            db = row_wgrad(g_BK, None, rows, num_rows, weight.dtype)
-        else:
-            db = g_BK.sum(0).to(weight.dtype)
-            db = db if ctx.kept else weight.new_zeros(num_rows).index_copy(0, rows, db)
-    return _gradients(ctx, x, dx, dw, db)
-
-
-def _masked_backward(ctx, g):
-    x, weight, rows = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = _needs(ctx)
-    num_rows = weight.shape[0]
-    g_BO = g.reshape(-1, num_rows)
-    # Filled, not multiplied: a masked entry is zero also where the dense one is not finite.
-    masked_O = torch.ones(num_rows, dtype=torch.bool, device=g.device).index_fill(0, rows, False)
-
-    def mask(dense):
-        if ctx.kept:
-            return dense.index_select(0, rows)
-        if ctx.grad == "rows":
-            return take_rows(dense, rows)
-        return dense.masked_fill(masked_O.view(-1, *[1] * (dense.dim() - 1)), 0)
-
-    dx = dw = db = None
-    if needs_x:
-        dx = (g_BO if ctx.dx == "full" else g_BO.masked_fill(masked_O, 0)) @ weight.to(ctx.dtype)
-    if needs_weight:
-        dw = mask((g_BO.t() @ x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(weight.dtype))
-    if needs_bias:
-        db = mask(g_BO.sum(0).to(weight.dtype))
-    return _gradients(ctx, x, dx, dw, db)
-
-
-def _needs(ctx) -> tuple[bool, bool, bool]:
-    needs = (*ctx.needs_input_grad, False, False)  # arguments left at their default have no entry
-    needs_weight, needs_bias = needs[7:9] if ctx.kept else needs[1:3]
-    return needs[0], needs_weight, needs_bias
-
-
-def _gradients(ctx, x, dx, dw, db):
-    if dx is not None:
-        dx = dx.reshape(x.shape).to(x.dtype)
-    parameters = (None, None, None, None, None, None, dw, db) if ctx.kept else (dw, db, *[None] * 6)
-    return dx, *parameters
-
-
-row_linear.register_autograd(_row_backward, setup_context=_save)
-masked_linear.register_autograd(_masked_backward, setup_context=_save)
-
-
-def _follow_autocast(op: str, device: str, key: str) -> None:
-    """Make ``op`` compute in autocast's type, as ``F.linear`` does.
+def _in_autocast(op, device: str):
+    """``op`` in autocast's type, as ``F.linear``.
 
     The type is handed to the operator instead of casting its arguments, so that the weight's gradient is
     cast on its rows alone.
     """
 
-    def kernel(x, weight, bias, rows, dx="rows", grad="dense", dtype=None, kept_weight=None, kept_bias=None):
+    def kernel(x, weight, bias, rows, dx="rows", grad="dense", dtype=None, *others):
         # Autocast leaves double precision alone.
         lowered = None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
         with torch.amp.autocast(device, enabled=False):
-            call = getattr(torch.ops.rwfx, op).default
-            return call(x, weight, bias, rows, dx, grad, lowered, kept_weight, kept_bias)
+            return op(x, weight, bias, rows, dx, grad, lowered, *others)
 
-    torch.library.impl(f"rwfx::{op}", key)(kernel)
+    return kernel
 
 
-for _op in ("row_linear", "masked_linear"):
-    for _device, _key in {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}.items():
-        _follow_autocast(_op, _device, _key)
+# The backward of row_linear as one operator, for a CPU: rwfx/native/linear.cpp has its only implementation.
+_library.define(
+    "row_linear_backward(Tensor g, Tensor? a, Tensor? activated, Tensor? weight, Tensor rows, Tensor? columns, "
+    "bool needs_bias, ScalarType x_dtype, ScalarType dtype, bool full_dx, str grad, str activation) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("rwfx::row_linear_backward")
+def _(g, a, activated, weight, rows, columns, needs_bias, x_dtype, dtype, full_dx, grad, activation):
+    let_inductor_compare_sparse()
+
+    def of_parameter(*features):
+        if grad == "dense":
+            return g.new_empty((g.shape[-1], *features), dtype=dtype)
+        values = g.new_empty((rows.shape[0], *features), dtype=dtype)
+        return row_gradient(torch.empty_like(rows), values, g.shape[-1]) if grad == "rows" else values
+
+    dx = None if weight is None else g.new_empty((*g.shape[:-1], weight.shape[1]), dtype=x_dtype)
+    return dx, None if a is None else of_parameter(a.shape[-1]), of_parameter() if needs_bias else None
+
+
+_register("row_linear", _RowLinear)
+_register("masked_linear", _MaskedLinear)

@@ -11,44 +11,17 @@ from torch import Tensor
 from rwfx.ops.inductor import let_inductor_compare_sparse
 
 
-@torch.library.custom_op("rwfx::row_wgrad", mutates_args=())
-def row_wgrad(
-    g_rows: Tensor, x: Tensor | None, rows: Tensor, num_rows: int, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The gradient of ``rows`` of a linear weight, ``dw[rows] = g_rows.T @ x``, as a row gradient.
-
-    Without ``x``, that of a bias: ``db[rows] = g_rows.sum(0)``.
-
-    Args:
-        g_rows: ``(B, K)``, the output gradient of the rows.    x: ``(B, I)`` or None.
-        rows: ``(K,)`` int64, sorted, no repeats.    num_rows: O, the rows of the weight.
-        dtype: the type of the result, by default that of ``g_rows``.
-
-    Returns:
-        A row gradient ``(O, I)``, or ``(O,)``.
-    """
-    values = g_rows.sum(0) if x is None else g_rows.t() @ x
-    return _pack(rows.clone(), values.to(dtype or g_rows.dtype), num_rows)
-
-
-@row_wgrad.register_fake
-def _(g_rows, x, rows, num_rows, dtype=None):
-    let_inductor_compare_sparse()
-    shape = (rows.shape[0],) if x is None else (rows.shape[0], x.shape[1])
-    return _pack(torch.empty_like(rows), g_rows.new_empty(shape, dtype=dtype or g_rows.dtype), num_rows)
-
-
 @torch.library.custom_op("rwfx::take_rows", mutates_args=())
 def take_rows(dense: Tensor, rows: Tensor) -> Tensor:
     """``rows`` of a dense gradient ``(O, ...)``, copied out as a row gradient of the same shape."""
-    return _pack(rows.clone(), dense.index_select(0, rows), dense.shape[0])
+    return row_gradient(rows.clone(), dense.index_select(0, rows), dense.shape[0])
 
 
 @take_rows.register_fake
 def _(dense, rows):
     let_inductor_compare_sparse()
     values = dense.new_empty((rows.shape[0], *dense.shape[1:]))
-    return _pack(torch.empty_like(rows), values, dense.shape[0])
+    return row_gradient(torch.empty_like(rows), values, dense.shape[0])
 
 
 @torch.library.custom_op("rwfx::keep_rows", mutates_args=())
@@ -66,13 +39,13 @@ def _(parameter, rows):
 def pack_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """The row gradient ``(num_rows, ...)`` with these ``values`` ``(K, ...)``, which are copied."""
     # A copy: a compiled graph may use the memory of an operator's input again.
-    return _pack(rows.clone(), values.clone(), num_rows)
+    return row_gradient(rows.clone(), values.clone(), num_rows)
 
 
 @pack_rows.register_fake
 def _(values, rows, num_rows):
     let_inductor_compare_sparse()
-    return _pack(torch.empty_like(rows), torch.empty_like(values), num_rows)
+    return row_gradient(torch.empty_like(rows), torch.empty_like(values), num_rows)
 
 
 def _keep_setup(ctx, inputs, output) -> None:
@@ -88,7 +61,8 @@ def _keep_backward(ctx, g):
 keep_rows.register_autograd(_keep_backward, setup_context=_keep_setup)
 
 
-def _pack(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:
+def row_gradient(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:
+    """The row gradient ``(num_rows, ...)`` that is made of ``rows`` and ``values`` themselves, with no copy."""
     # The invariants hold by construction; to check them would read the rows on every step.
     return torch.sparse_coo_tensor(
         rows[None], values, (num_rows, *values.shape[1:]), is_coalesced=True, check_invariants=False

@@ -14,9 +14,9 @@ from rwfx.optim.rows import (
     States,
     add_rows,
     count_updates,
+    moments_of,
     per_row,
     read_rows,
-    row_state,
     step_dense_and_rows,
     write_rows,
 )
@@ -54,7 +54,17 @@ class Adam(torch.optim.Adam):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; ``closure`` reevaluates the model and returns the loss."""
-        return step_dense_and_rows(self, torch.optim.Adam.step, update_rows, closure)
+        return step_dense_and_rows(self, torch.optim.Adam.step, update_rows, one_pass, closure)
+
+
+def one_pass(w: list[Tensor], group: Group, states: States, grad_scale: float) -> None:
+    """The equations of ``Adam`` by a kernel, from the ``.grad`` of each ``w``, ``grad_scale`` times too large."""
+    names = moment_names(group)
+    moments, steps = moments_of(w, states, *names)
+    numbers = [float(x) for x in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])]
+    choices = group["decoupled_weight_decay"], group["maximize"]
+    lists = *moments, *[[]] * (3 - len(names)), steps, [x.grad for x in w]
+    torch.ops.rwfx.adam_rows_.default(w, *lists, *numbers, *choices, grad_scale)
 
 
 def update_rows(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Group, states: States) -> None:
@@ -67,9 +77,7 @@ def update_rows(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Gro
     lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor):
         lr = lr.reshape(()).to(w[0].device)
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-    state = [row_state(x, states, *names) for x in w]
-    moments = [[of[name] for of in state] for name in names]
+    moments, steps = moments_of(w, states, *moment_names(group))
     if w[0].is_complex():
         # The real and the imaginary part are two weights, as in torch.optim.Adam.
         w, g, *moments = ([torch.view_as_real(x) for x in xs] for xs in (w, g, *moments))
@@ -92,7 +100,7 @@ def update_rows(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Gro
 
     # lr * m_hat / (sqrt(v_hat) + eps) = lr_hat * m / (sqrt(v) + eps_hat), the order Kingma & Ba advise at the end of
     # their section 2: what is corrected is (K,) numbers, not (K, ...).
-    t = count_updates([of["step"] for of in state], rows).to(dtype)
+    t = count_updates(steps, rows).to(dtype)
     correction1, correction2 = bias_correction(beta1, t), bias_correction(beta2, t).sqrt_()
     lr_hat, eps_hat = per_row(correction2 * lr / correction1, g), per_row(correction2 * eps, g)
     # sqrt as 1 / rsqrt: on a CPU sqrt takes four times as long for a zero, and where inputs are often zero, so is v.
@@ -106,6 +114,11 @@ def update_rows(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Gro
         torch._foreach_mul_(w_rows, lr * weight_decay)
         torch._foreach_add_(step, w_rows)
     add_rows(w, rows, step, alpha=-1)
+
+
+def moment_names(group: Group) -> tuple[str, ...]:
+    """What of a parameter's state is of its shape."""
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
 
 def bias_correction(beta: float, t: Tensor) -> Tensor:

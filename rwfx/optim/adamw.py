@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from rwfx.optim.adam import update_rows
+from rwfx.optim.adam import one_pass, update_rows
 from rwfx.optim.rows import step_dense_and_rows
 
 
@@ -34,4 +34,4 @@ class AdamW(torch.optim.AdamW):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; ``closure`` reevaluates the model and returns the loss."""
-        return step_dense_and_rows(self, torch.optim.AdamW.step, update_rows, closure)
+        return step_dense_and_rows(self, torch.optim.AdamW.step, update_rows, one_pass, closure)

@@ -19,16 +19,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rwfx import native
+
 Group = dict[str, Any]
 States = MutableMapping[Tensor, dict[str, Any]]
 # (w, rows, g, group, states), the first three lists over the parameters of a batch: w (O, ...), rows (K,) int64 without
 # repeats, g (K, ...) in the dtype to compute in.
 RowUpdate = Callable[[list[Tensor], list[Tensor], list[Tensor], Group, States], None]
+# (w, group, states, grad_scale): the same for parameters that rwfx.native can update, of one group, from their .grad.
+OnePass = Callable[[list[Tensor], Group, States, float], None]
 Batch = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 # A batch takes no more parameters once its gradients have this many numbers. Many small parameters then share the cost
 # of a call, and what is made for large ones stays in the cache, and is never as large as the model.
 BATCH = 2**16
+ONE_PASS_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 SPARSE_LAYOUTS = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
 
@@ -36,6 +41,7 @@ def step_dense_and_rows(
     optimizer: Optimizer,
     dense_step: Callable[..., Any],
     update_rows: RowUpdate,
+    one_pass: OnePass,
     closure: Callable[[], float] | None = None,
 ) -> float | None:
     """One step: ``dense_step`` for parameters with a dense gradient, ``update_rows`` for those with a row gradient.
@@ -44,6 +50,7 @@ def step_dense_and_rows(
         optimizer: whose parameters and state are updated.
         dense_step: ``step`` of the ``torch.optim`` namesake, unbound.
         update_rows: updates the rows of a batch of parameters and their state, in place.
+        one_pass: does so by a kernel of ``rwfx.native``, for the parameters that it takes.
         closure: reevaluates the model and returns the loss.
 
     Returns:
@@ -70,9 +77,13 @@ def step_dense_and_rows(
                 w.grad = grad
     with torch.no_grad():
         if by_row and not overflowed(optimizer):
-            for group, (w, rows, g) in batches(by_row):
-                g = to_descend(w, g, group, getattr(optimizer, "grad_scale", None))
-                update_rows(w, rows, g, group, optimizer.state)
+            grad_scale = getattr(optimizer, "grad_scale", None)
+            for group in optimizer.param_groups:
+                in_one_pass = [w for w, of in by_row if of is group and has_one_pass(w)]
+                if in_one_pass:
+                    one_pass(in_one_pass, group, optimizer.state, 1.0 if grad_scale is None else float(grad_scale))
+            for group, (w, rows, g) in batches([(w, group) for w, group in by_row if not has_one_pass(w)]):
+                update_rows(w, rows, to_descend(w, g, group, grad_scale), group, optimizer.state)
     return loss
 
 
@@ -126,6 +137,14 @@ def overflowed(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
+def has_one_pass(w: Tensor) -> bool:
+    """Whether the kernels of ``rwfx.native`` take ``w``: on a CPU, contiguous, of one real dtype with its gradient."""
+    grad = w.grad
+    assert grad is not None
+    fits = w.is_cpu and w.dtype == grad.dtype and w.dtype in ONE_PASS_DTYPES and w.is_contiguous() and w.dim() > 0
+    return fits and native.ready()
+
+
 def batches(by_row: list[tuple[Tensor, Group]]) -> Iterator[tuple[Group, Batch]]:
     """The parameters in batches of one group, device and dtype, without those of which no row is drawn."""
     open_batches: dict[Any, tuple[Group, Batch]] = {}
@@ -157,6 +176,12 @@ def rows_and_values(w: Tensor) -> tuple[Tensor, Tensor]:
     return grad._indices()[0], grad._values()
 
 
+def moments_of(w: list[Tensor], states: States, *names: str) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """The named moments of each ``w``, a list for each name, and each ``step``; made where there are none."""
+    state = [row_state(x, states, *names) for x in w]
+    return [[of[name] for of in state] for name in names], [of["step"] for of in state]
+
+
 def to_descend(w: list[Tensor], g: list[Tensor], group: Group, grad_scale: Tensor | None) -> list[Tensor]:
     """Gradients unscaled, of the sign to descend, in the dtype to compute in.
 
@@ -184,6 +209,8 @@ def row_state(w: Tensor, states: States, *moments: str) -> dict[str, Any]:
     for name in moments:
         if state.get(name) is None:
             state[name] = torch.zeros_like(w, memory_format=torch.preserve_format)
+        elif not state[name].is_contiguous() and w.is_contiguous():
+            state[name] = state[name].contiguous()
     return state
 
 

@@ -13,9 +13,9 @@ from rwfx.optim.rows import (
     States,
     add_rows,
     count_updates,
+    moments_of,
     per_row,
     read_rows,
-    row_state,
     step_dense_and_rows,
     write_rows,
 )
@@ -47,7 +47,15 @@ class SGD(torch.optim.SGD):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; ``closure`` reevaluates the model and returns the loss."""
-        return step_dense_and_rows(self, torch.optim.SGD.step, update_rows, closure)
+        return step_dense_and_rows(self, torch.optim.SGD.step, update_rows, one_pass, closure)
+
+
+def one_pass(w: list[Tensor], group: Group, states: States, grad_scale: float) -> None:
+    """The equations of ``SGD`` by a kernel, from the ``.grad`` of each ``w``, ``grad_scale`` times too large."""
+    (buffers,), steps = moments_of(w, states, "momentum_buffer") if group["momentum"] != 0 else (([],), [])
+    numbers = [float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")]
+    choices = group["nesterov"], group["maximize"]
+    torch.ops.rwfx.sgd_rows_.default(w, buffers, steps, [x.grad for x in w], *numbers, *choices, grad_scale)
 
 
 def update_rows(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Group, states: States) -> None:
@@ -70,9 +78,8 @@ def update_rows(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Gro
 def with_momentum(w: list[Tensor], rows: list[Tensor], g: list[Tensor], group: Group, states: States) -> list[Tensor]:
     """Update each ``b[rows]``; returns the directions to go, each ``(K, ...)``."""
     momentum, dampening = group["momentum"], group["dampening"]
-    state = [row_state(x, states, "momentum_buffer") for x in w]
-    momentum_buffer = [of["momentum_buffer"] for of in state]
-    t = count_updates([of["step"] for of in state], rows)
+    (momentum_buffer,), steps = moments_of(w, states, "momentum_buffer")
+    t = count_updates(steps, rows)
     b = read_rows(momentum_buffer, rows, g[0].dtype)
     torch._foreach_mul_(b, momentum)
     if dampening == 0:

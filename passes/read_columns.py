@@ -1,0 +1,114 @@
+"""Confine the gradient of a row-sparse call's input to the columns that anything reads.
+
+Where only pointwise operations lie between a row-sparse call and the one that produced its input, the gradient of that
+input goes back, number by number, to an operator that reads the columns of its own row set and no others. So the other
+columns need not be computed: a second factor of density on the product ``dx = g @ W``, and all gradients of parameters
+stay as they are.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+import rwfx.ops  # noqa: F401  defines the operator named below
+from rwfx.label_rules import bare_name
+
+ROW_LINEAR = torch.ops.rwfx.row_linear.default
+
+# What row_linear can do itself, by bare name and by class.
+ACTIVATIONS = {"relu", "silu", "gelu", "tanh", "sigmoid"}
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
+# One number in, one number out, of one tensor and with nothing trained.
+POINTWISE = ACTIVATIONS | frozenset(
+    name
+    for names in (
+        "relu6 leaky_relu rrelu elu selu celu mish hardswish hardsigmoid hardtanh hardshrink softshrink tanhshrink",
+        "threshold softplus softsign logsigmoid dropout alpha_dropout abs neg negative square exp log1p sin cos erf",
+        "clamp clamp_min clamp_max clip add sub mul multiply div truediv to type float double half bfloat16 contiguous",
+        "clone identity",
+    )
+    for name in names.split()
+)
+POINTWISE_MODULES = {
+    *ACTIVATION_MODULES, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Hardswish,
+    nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Softplus, nn.Softsign,
+    nn.LogSigmoid, nn.Dropout, nn.AlphaDropout, nn.Identity,
+}  # fmt: skip
+
+
+def read_columns(gm: GraphModule) -> GraphModule:
+    """Tell each row-sparse call which columns of its input's gradient are read, where not all may be.
+
+    An activation that is read by that call alone becomes a part of it, so that its backward is confined as well. The
+    outputs and the gradients of parameters are unchanged; that of an activation in between may have zeros more.
+    """
+    confined = GraphModule(gm, copy.deepcopy(gm.graph))
+    calls = [node for node in confined.graph.nodes if node.target is ROW_LINEAR and node.args[4] == "rows"]
+    for call in calls:
+        columns = _columns(confined, call.args[0])
+        if columns is None:
+            continue
+        call.kwargs = {**call.kwargs, "columns": columns}
+        activated = call.args[0]
+        activation = _activation(confined, activated, call)
+        if activation:
+            call.args = (activated.all_input_nodes[0], *call.args[1:])
+            call.kwargs = {**call.kwargs, "activation": activation}
+            confined.graph.erase_node(activated)
+    confined.graph.lint()
+    confined.recompile()
+    return confined
+
+
+def _columns(gm: GraphModule, at: Any) -> Node | None:
+    """The row set that holds every column of the gradient of ``at`` that is read; None: all may be."""
+    while isinstance(at, Node):
+        if at.target is ROW_LINEAR:
+            return at.args[3] if at.args[4] == "rows" else None  # type: ignore[return-value]
+        if not _is_pointwise(gm, at):
+            return None
+        (at,) = at.all_input_nodes
+    return None
+
+
+def _is_pointwise(gm: GraphModule, node: Node) -> bool:
+    if len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        hooks = (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        return type(module) in POINTWISE_MODULES and not any(hooks)
+    return node.op in ("call_function", "call_method") and bare_name(node.target) in POINTWISE
+
+
+def _activation(gm: GraphModule, node: Node, reader: Node) -> str:
+    """The name of the activation that ``node`` is and that only ``reader`` reads; else empty."""
+    if list(node.users) != [reader] or len(node.all_input_nodes) != 1:
+        return ""
+    options = dict(node.kwargs)
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        name = ACTIVATION_MODULES.get(type(module), "")
+        in_place = getattr(module, "inplace", False)
+        plain = getattr(module, "approximate", "none") == "none"
+    else:
+        name = bare_name(node.target)
+        in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or options.pop("inplace", False)
+        plain = len(node.args) + len(options) == 1  # not gelu(x, approximate="tanh"), nor relu(x, True)
+    # In place it would change what others read.
+    readable = not in_place or list(node.all_input_nodes[0].users) == [node]
+    return name if name in ACTIVATIONS and plain and readable else ""

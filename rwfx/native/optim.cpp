@@ -1,0 +1,250 @@
+// One pass over the rows of each parameter: every number of the rows' weights, moments and gradients is read once and
+// written once, and nothing in between is stored.
+//
+// The equations are those of rwfx/optim/adam.py and sgd.py, in the same letters. Each w, moment and gradient of a
+// parameter has one dtype; w and its moments are contiguous. A gradient is a row gradient, or dense: every row's.
+
+#include "rows.h"
+
+#include <torch/library.h>
+
+#include <cmath>
+#include <vector>
+
+namespace rwfx {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+// What numbers of a dtype are computed in.
+template <typename scalar_t>
+using real_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// The rows of a gradient, none twice, and their values (K, ...). `rows` is not defined where it is every row.
+struct RowGradient {
+  Tensor rows, values;
+
+  explicit RowGradient(const Tensor& grad) {
+    if (grad.layout() == at::kStrided) {
+      values = grad.contiguous();
+      return;
+    }
+    // Autograd hands a coalesced gradient on without saying so, and to coalesce it again would copy it.
+    const Tensor coalesced = grad.is_coalesced() || ascending(grad._indices()) ? grad : grad.coalesce();
+    rows = coalesced._indices()[0].contiguous();
+    values = coalesced._values().contiguous();
+  }
+
+  static bool ascending(const Tensor& indices) {
+    const int64_t count = indices.size(1), step = indices.stride(1);
+    const int64_t* at = indices.const_data_ptr<int64_t>();
+    for (int64_t k = 1; k < count; ++k) {
+      if (at[k * step] <= at[(k - 1) * step]) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // Calls update(row, k, n) for each row: n numbers, at row * n of each of `parameters`, at k * n of the values.
+  template <typename scalar_t, typename Update>
+  void for_rows(const std::vector<scalar_t*>& parameters, const Update& update) const {
+    const int64_t count = values.size(0), each = count ? values.numel() / count : 0;
+    const int64_t* at = rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr;
+    at::parallel_for(0, count, grain(each), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        if (at && k + 1 < end) {
+          // A row is too short for the processor to see by itself that it is read from end to end.
+          for (const scalar_t* of : parameters) {
+            prefetch(of + at[k + 1] * each, each);
+          }
+        }
+        update(at ? at[k] : k, k, each);
+      }
+    });
+  }
+
+  template <typename scalar_t>
+  static void prefetch(const scalar_t* row, int64_t n) {
+    constexpr int64_t LINE = 64 / sizeof(scalar_t), MOST = 512;  // beyond so many lines it would evict its own
+    for (int64_t i = 0; i < std::min(n, MOST * LINE); i += LINE) {
+      __builtin_prefetch(row + i, 1);
+    }
+  }
+};
+
+struct Adam {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled_weight_decay, maximize;
+  double grad_scale;
+
+  // `largest` is null without amsgrad.
+  template <typename scalar_t>
+  void row(float& step, scalar_t* w, scalar_t* m, scalar_t* v, scalar_t* largest, const scalar_t* g, int64_t n) const {
+    using real = real_t<scalar_t>;
+    const double t = step += 1;
+    // expm1: for a beta close to one the difference 1 - beta**t loses four digits.
+    const double correction1 = beta1 == 0 ? 1 : -std::expm1(t * std::log(beta1));
+    const double correction2 = std::sqrt(beta2 == 0 ? 1 : -std::expm1(t * std::log(beta2)));
+    const auto lr_hat = static_cast<real>(lr * correction2 / correction1);
+    const auto eps_hat = static_cast<real>(eps * correction2);
+    const auto sign = static_cast<real>((maximize ? -1 : 1) / grad_scale);
+    const auto keep1 = static_cast<real>(beta1), take1 = static_cast<real>(1 - beta1);
+    const auto keep2 = static_cast<real>(beta2), take2 = static_cast<real>(1 - beta2);
+    const auto coupled = static_cast<real>(decoupled_weight_decay ? 0 : weight_decay);
+    const auto keep_w = static_cast<real>(decoupled_weight_decay ? 1 - lr * weight_decay : 1);
+    // Two loops, so that neither has a branch and both become vector instructions.
+    if (largest == nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + coupled * w_i;
+        const real m_i = keep1 * static_cast<real>(m[i]) + take1 * g_i;
+        const real v_i = keep2 * static_cast<real>(v[i]) + take2 * g_i * g_i;
+        m[i] = m_i;
+        v[i] = v_i;
+        w[i] = keep_w * w_i - lr_hat * m_i / (std::sqrt(v_i) + eps_hat);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + coupled * w_i;
+        const real m_i = keep1 * static_cast<real>(m[i]) + take1 * g_i;
+        const real v_i = keep2 * static_cast<real>(v[i]) + take2 * g_i * g_i;
+        const real max_i = std::max(static_cast<real>(largest[i]), v_i);
+        m[i] = m_i;
+        v[i] = v_i;
+        largest[i] = max_i;
+        w[i] = keep_w * w_i - lr_hat * m_i / (std::sqrt(max_i) + eps_hat);
+      }
+    }
+  }
+};
+
+void adam_rows_(
+    TensorList ws,
+    TensorList exp_avgs,
+    TensorList exp_avg_sqs,
+    TensorList max_exp_avg_sqs,
+    TensorList steps,
+    TensorList grads,
+    double lr,
+    double beta1,
+    double beta2,
+    double eps,
+    double weight_decay,
+    bool decoupled_weight_decay,
+    bool maximize,
+    double grad_scale) {
+  const Adam adam{lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, grad_scale};
+  for (size_t p = 0; p < ws.size(); ++p) {
+    const RowGradient grad(grads[p]);
+    float* step = steps[p].mutable_data_ptr<float>();
+    RWFX_DISPATCH(ws[p].scalar_type(), "rwfx::adam_rows_", [&] {
+      auto* w = ws[p].mutable_data_ptr<scalar_t>();
+      auto* m = exp_avgs[p].mutable_data_ptr<scalar_t>();
+      auto* v = exp_avg_sqs[p].mutable_data_ptr<scalar_t>();
+      auto* largest = max_exp_avg_sqs.empty() ? nullptr : max_exp_avg_sqs[p].mutable_data_ptr<scalar_t>();
+      const auto* g = grad.values.const_data_ptr<scalar_t>();
+      std::vector<scalar_t*> read = {w, m, v};
+      if (largest) {
+        read.push_back(largest);
+      }
+      grad.for_rows(read, [&](int64_t row, int64_t k, int64_t n) {
+        const int64_t at = row * n;
+        adam.row(step[row], w + at, m + at, v + at, largest ? largest + at : nullptr, g + k * n, n);
+      });
+    });
+  }
+}
+
+struct SGD {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+  double grad_scale;
+
+  // `step` and `b` are null without momentum.
+  template <typename scalar_t>
+  void row(float* step, scalar_t* w, scalar_t* b, const scalar_t* g, int64_t n) const {
+    using real = real_t<scalar_t>;
+    const auto sign = static_cast<real>((maximize ? -1 : 1) / grad_scale);
+    const auto decay = static_cast<real>(weight_decay), rate = static_cast<real>(lr);
+    if (b == nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const real w_i = w[i];
+        w[i] = w_i - rate * (sign * static_cast<real>(g[i]) + decay * w_i);
+      }
+      return;
+    }
+    // b is zero the first time, so that g undampened is all of b.
+    const auto take = static_cast<real>((*step += 1) > 1 ? 1 - dampening : 1), mu = static_cast<real>(momentum);
+    const real of_g = nesterov ? 1 : 0, of_b = nesterov ? mu : 1;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + decay * w_i;
+      const real b_i = mu * static_cast<real>(b[i]) + take * g_i;
+      b[i] = b_i;
+      w[i] = w_i - rate * (of_g * g_i + of_b * b_i);
+    }
+  }
+};
+
+void sgd_rows_(
+    TensorList ws,
+    TensorList momentum_buffers,
+    TensorList steps,
+    TensorList grads,
+    double lr,
+    double momentum,
+    double dampening,
+    double weight_decay,
+    bool nesterov,
+    bool maximize,
+    double grad_scale) {
+  const SGD sgd{lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale};
+  const bool plain = momentum_buffers.empty();
+  for (size_t p = 0; p < ws.size(); ++p) {
+    const RowGradient grad(grads[p]);
+    float* step = plain ? nullptr : steps[p].mutable_data_ptr<float>();
+    RWFX_DISPATCH(ws[p].scalar_type(), "rwfx::sgd_rows_", [&] {
+      auto* w = ws[p].mutable_data_ptr<scalar_t>();
+      auto* b = plain ? nullptr : momentum_buffers[p].mutable_data_ptr<scalar_t>();
+      const auto* g = grad.values.const_data_ptr<scalar_t>();
+      std::vector<scalar_t*> read = {w};
+      if (b) {
+        read.push_back(b);
+      }
+      grad.for_rows(read, [&](int64_t row, int64_t k, int64_t n) {
+        const int64_t at = row * n;
+        sgd.row(plain ? nullptr : step + row, w + at, plain ? nullptr : b + at, g + k * n, n);
+      });
+    });
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(rwfx, m) {
+  m.def(
+      "adam_rows_(Tensor(a!)[] w, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] max_exp_avg_sq, "
+      "Tensor(e!)[] step, Tensor[] grad, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, bool decoupled_weight_decay, bool maximize, float grad_scale) -> ()");
+  m.def(
+      "sgd_rows_(Tensor(a!)[] w, Tensor(b!)[] momentum_buffer, Tensor(c!)[] step, Tensor[] grad, "
+      "float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
+      "float grad_scale) -> ()");
+}
+
+// Once for dense gradients alone, once for where a gradient is sparse.
+TORCH_LIBRARY_IMPL(rwfx, CPU, m) {
+  m.impl("adam_rows_", adam_rows_);
+  m.impl("sgd_rows_", sgd_rows_);
+}
+
+TORCH_LIBRARY_IMPL(rwfx, SparseCPU, m) {
+  m.impl("adam_rows_", adam_rows_);
+  m.impl("sgd_rows_", sgd_rows_);
+}
+
+}  // namespace rwfx

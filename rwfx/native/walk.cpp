@@ -1,0 +1,407 @@
+// rwfx::walk on the CPU. What it draws is what the Python implementation in rwfx/ops/walk.py draws from the same state,
+// up to the rounding of sums; the words (station, table, junction) are explained there.
+//
+// A row is read once a step, however many walks stand on it: the walks at a station are ordered by row, the absolute
+// weights of a row are summed in blocks, and each walk looks its own number up, first among blocks, then in one.
+
+#include "rows.h"
+
+#include <ATen/ops/clone.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace rwfx {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t BLOCK = 64;  // numbers of a row that are summed together
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15;
+
+struct Station {
+  int64_t weight, base, size;
+  bool ends;
+  std::vector<int64_t> targets;
+};
+
+struct Walker {
+  int64_t walk, id;
+};
+
+uint64_t split_mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+  return z ^ (z >> 31);
+}
+
+// Number `index` of stream `stream` of a step's random numbers: uniform, from 0 to below 1.
+struct Uniform {
+  uint64_t key;
+
+  uint64_t bits(uint64_t stream, uint64_t index) const {
+    return split_mix(key + ((stream << 32) + index + 1) * GOLDEN);
+  }
+  double operator()(uint64_t stream, uint64_t index) const {
+    return static_cast<double>(bits(stream, index) >> 11) * 0x1.0p-53;
+  }
+};
+
+std::vector<Station> unpack(at::IntArrayRef layout) {
+  std::vector<Station> stations;
+  for (size_t at = 0; at < layout.size();) {
+    const int64_t* p = layout.data() + at;
+    stations.push_back({p[0], p[1], p[2], p[3] != 0, std::vector<int64_t>(p + 5, p + 5 + p[4])});
+    at += 5 + p[4];
+  }
+  return stations;
+}
+
+// |w| ** (1 / temperature) of one row, and its sums over blocks.
+template <typename scalar_t>
+class Row {
+ public:
+  using real = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+  Row(const scalar_t* w, int64_t features, double temperature, std::vector<double>& block_sums)
+      : w_(w), features_(features), power_(1 / temperature), block_sums_(block_sums) {
+    if (temperature != 1) {
+      real largest = 0;
+      for (int64_t i = 0; i < features; ++i) {
+        largest = std::max(largest, std::abs(static_cast<real>(w[i])));
+      }
+      largest_ = largest;
+    }
+    const int64_t blocks = (features + BLOCK - 1) / BLOCK;
+    block_sums_.resize(blocks);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t end = std::min(features, (b + 1) * BLOCK);
+      real sum = 0;
+      if (power_ == 1) {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = b * BLOCK; i < end; ++i) {
+          sum += std::abs(static_cast<real>(w[i]));
+        }
+      } else {
+        for (int64_t i = b * BLOCK; i < end; ++i) {
+          sum += size(i);
+        }
+      }
+      block_sums_[b] = sum;
+      total_ += sum;
+    }
+  }
+
+  // Whether the row can be drawn from: neither all zero nor with an infinity or a nan.
+  bool drawable() const {
+    return total_ > std::numeric_limits<real>::min() && total_ <= std::numeric_limits<real>::max();
+  }
+
+  // The first feature up to which more than the share u of the total lies: one of weight zero is never that.
+  int64_t draw(double u) const {
+    const double target = u * total_;
+    double below = 0;
+    int64_t b = 0;
+    const int64_t last = static_cast<int64_t>(block_sums_.size()) - 1;
+    for (; b < last && below + block_sums_[b] <= target; ++b) {
+      below += block_sums_[b];
+    }
+    const int64_t end = std::min(features_, (b + 1) * BLOCK);
+    int64_t found = -1;
+    for (int64_t i = b * BLOCK; i < end; ++i) {
+      const real own = size(i);
+      if (own > 0) {
+        found = i;
+      }
+      below += own;
+      if (own > 0 && below > target) {
+        return i;
+      }
+    }
+    // Rounding can leave the target at the very end of the block, or of the row: the last feature that has a share.
+    while (found < 0) {
+      const int64_t i = --b * BLOCK;
+      for (int64_t k = i; k < i + BLOCK; ++k) {
+        if (size(k) > 0) {
+          found = k;
+        }
+      }
+    }
+    return found;
+  }
+
+ private:
+  real size(int64_t i) const {
+    const real own = std::abs(static_cast<real>(w_[i]));
+    // Divided by the row's largest first: the power of a large weight would overflow.
+    return power_ == 1 ? own : std::pow(own / largest_, static_cast<real>(power_));
+  }
+
+  const scalar_t* w_;
+  int64_t features_;
+  double power_, largest_ = 1, total_ = 0;
+  std::vector<double>& block_sums_;
+};
+
+// Give every walker, ordered by row, its next feature.
+template <typename scalar_t>
+void draw_features(
+    const Tensor& weight,
+    const std::vector<Walker>& walkers,
+    int64_t base,
+    int64_t station,
+    double temperature,
+    double epsilon,
+    const Uniform& uniform,
+    std::vector<int64_t>& features) {
+  const int64_t width = weight.size(1), count = static_cast<int64_t>(walkers.size());
+  const scalar_t* w = weight.const_data_ptr<scalar_t>();
+  at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
+    std::vector<double> block_sums;
+    for (int64_t k = begin; k < end;) {
+      const int64_t id = walkers[k].id;
+      const Row<scalar_t> row(w + (id - base) * width, width, temperature, block_sums);
+      const bool drawable = row.drawable();
+      for (; k < end && walkers[k].id == id; ++k) {
+        const uint64_t walk = walkers[k].walk;
+        const double u = uniform(2 * station, walk);
+        const bool by_weight = drawable && (epsilon == 0 || uniform(2 * station + 1, walk) >= epsilon);
+        features[k] = by_weight ? row.draw(u) : static_cast<int64_t>(u * width);
+      }
+    }
+  });
+}
+
+// Order by row, walks in their order within one. Counting beats comparing once the walks are many.
+void order(std::vector<Walker>& walkers, const Station& station, std::vector<Walker>& spare, std::vector<int64_t>& begin) {
+  if (static_cast<int64_t>(walkers.size()) * 8 < station.size) {
+    std::stable_sort(walkers.begin(), walkers.end(), [](const Walker& a, const Walker& b) { return a.id < b.id; });
+    return;
+  }
+  begin.assign(station.size + 1, 0);
+  for (const Walker& w : walkers) {
+    ++begin[w.id - station.base + 1];
+  }
+  for (int64_t i = 0; i < station.size; ++i) {
+    begin[i + 1] += begin[i];
+  }
+  spare.resize(walkers.size());
+  for (const Walker& w : walkers) {
+    spare[begin[w.id - station.base]++] = w;
+  }
+  walkers.swap(spare);
+}
+
+int64_t draw_member(const Tensor& table, int64_t place, double u) {
+  const int64_t members = table.size(2);
+  const int64_t* ids = table.const_data_ptr<int64_t>() + place * members;
+  const int64_t* bits = ids + table.size(1) * members;
+  double total;
+  std::memcpy(&total, bits + members - 1, sizeof total);
+  int64_t choice = 0;
+  for (double sum; choice < members - 1; ++choice) {
+    std::memcpy(&sum, bits + choice, sizeof sum);
+    if (u * total < sum) {
+      break;
+    }
+  }
+  return ids[choice];
+}
+
+// The kept weights' rows, each with the first walk that came by.
+class Visits {
+ public:
+  explicit Visits(const std::vector<int64_t>& sizes) : first_(sizes.size()) {
+    for (size_t k = 0; k < sizes.size(); ++k) {
+      first_[k].assign(sizes[k], NEVER);
+    }
+  }
+
+  void add(int64_t kept, int64_t row, int64_t walk) {
+    int64_t& first = first_[kept][row];
+    first = std::min(first, walk);
+  }
+
+  // The rows visited, topped up with the others of the lowest random keys; with `exactly` above 0 so many, and of the
+  // visited ones then those that the first walks came by.
+  std::vector<int64_t> rows(int64_t kept, int64_t exactly, int64_t min_rows, uint64_t stream, const Uniform& uniform) {
+    std::vector<int64_t>& first = first_[kept];
+    const int64_t size = static_cast<int64_t>(first.size());
+    const auto seen_if = [&](bool wanted) {
+      std::vector<int64_t> found;
+      for (int64_t row = 0; row < size; ++row) {
+        if ((first[row] != NEVER) == wanted) {
+          found.push_back(row);
+        }
+      }
+      return found;
+    };
+    std::vector<int64_t> seen = seen_if(true);
+    const int64_t count = static_cast<int64_t>(seen.size());
+    const int64_t wanted = exactly > 0 ? exactly : std::max(count, std::min(min_rows, size));
+    if (wanted < count) {
+      const auto earlier = [&](int64_t a, int64_t b) { return std::pair(first[a], a) < std::pair(first[b], b); };
+      std::nth_element(seen.begin(), seen.begin() + wanted, seen.end(), earlier);
+      seen.resize(wanted);
+      std::sort(seen.begin(), seen.end());
+    } else if (wanted > count) {
+      std::vector<int64_t> others = seen_if(false);
+      const auto key = [&](int64_t row) { return std::pair(uniform.bits(stream, row) >> 2, row); };
+      const auto lower = [&](int64_t a, int64_t b) { return key(a) < key(b); };
+      std::nth_element(others.begin(), others.begin() + (wanted - count - 1), others.end(), lower);
+      seen.insert(seen.end(), others.begin(), others.begin() + (wanted - count));
+      std::sort(seen.begin(), seen.end());
+    }
+    return seen;
+  }
+
+ private:
+  static constexpr int64_t NEVER = std::numeric_limits<int64_t>::max();
+  std::vector<std::vector<int64_t>> first_;
+};
+
+std::vector<Tensor> read_last(const Tensor& last, size_t kept, const std::vector<int64_t>& sizes) {
+  const int64_t* bounds = last.const_data_ptr<int64_t>();
+  const int64_t* numbers = bounds + kept + 1;
+  std::vector<Tensor> out;
+  int64_t first = 0;
+  for (size_t k = 0; k < kept; ++k) {
+    Tensor rows = at::empty({bounds[k + 1] - bounds[k]}, last.options());
+    int64_t* to = rows.mutable_data_ptr<int64_t>();
+    for (int64_t i = bounds[k]; i < bounds[k + 1]; ++i) {
+      *to++ = numbers[i] - first;
+    }
+    out.push_back(rows);
+    first += sizes[k];
+  }
+  out.push_back(last.clone());
+  return out;
+}
+
+std::vector<Tensor> walk(
+    at::TensorList weights,
+    at::IntArrayRef kept,
+    at::TensorList tables,
+    at::IntArrayRef heads,
+    at::TensorList starts,
+    at::IntArrayRef layout,
+    const Tensor& state,
+    const Tensor& last,
+    int64_t num_paths,
+    double temperature,
+    double epsilon,
+    int64_t min_rows,
+    at::IntArrayRef exactly,
+    int64_t resample_every) {
+  std::vector<int64_t> sizes, kept_at(weights.size(), -1);
+  for (size_t k = 0; k < kept.size(); ++k) {
+    sizes.push_back(weights[kept[k]].size(0));
+    kept_at[kept[k]] = static_cast<int64_t>(k);
+  }
+  const int64_t seed = state.const_data_ptr<int64_t>()[0], step = state.const_data_ptr<int64_t>()[1];
+  if (step % resample_every) {
+    return read_last(last, kept.size(), sizes);
+  }
+  // As `mix` in Python: 63 bits.
+  const Uniform uniform{split_mix(static_cast<uint64_t>(seed) + (static_cast<uint64_t>(step) + 1) * GOLDEN) >> 1};
+  const std::vector<Station> stations = unpack(layout);
+  const int64_t num_stations = static_cast<int64_t>(stations.size());
+  const int64_t num_heads = static_cast<int64_t>(heads.size());
+
+  std::vector<std::vector<Walker>> waiting(stations.size());
+  std::vector<int64_t> bases;
+  for (const Station& s : stations) {
+    bases.push_back(s.base);
+  }
+  const auto send = [&](const Station& from, Walker walker) {
+    if (walker.id < 0) {
+      return;
+    }
+    const auto above = std::upper_bound(bases.begin(), bases.end(), walker.id);
+    const int64_t target = from.targets.size() == 1 ? from.targets[0] : above - bases.begin() - 1;
+    waiting[target].push_back(walker);
+  };
+
+  // With fewer walks than output weights, the turn of the first walk moves on from step to step.
+  const int64_t turn = static_cast<int64_t>(uniform.key % static_cast<uint64_t>(num_heads));
+  for (int64_t k = 0; k < num_heads; ++k) {
+    const int64_t count = starts[k].numel();
+    const int64_t* ids = starts[k].const_data_ptr<int64_t>();
+    for (int64_t walk = (k + turn) % num_heads; walk < num_paths; walk += num_heads) {
+      const double u = uniform(2 * num_stations + k, walk);
+      waiting[heads[k]].push_back({walk, ids[static_cast<int64_t>(u * count)]});
+    }
+  }
+
+  Visits visits(sizes);
+  std::vector<Walker> spare;
+  std::vector<int64_t> begin, features;
+  for (int64_t s = num_stations - 1; s >= 0; --s) {
+    std::vector<Walker>& walkers = waiting[s];
+    const Station& station = stations[s];
+    if (walkers.empty()) {
+      continue;
+    }
+    if (station.weight < 0) {
+      for (const Walker& w : walkers) {
+        send(station, {w.walk, draw_member(tables[s], w.id - station.base, uniform(2 * s, w.walk))});
+      }
+      continue;
+    }
+    order(walkers, station, spare, begin);
+    if (const int64_t k = kept_at[station.weight]; k >= 0) {
+      for (const Walker& w : walkers) {
+        visits.add(k, w.id - station.base, w.walk);
+      }
+    }
+    if (station.targets.empty()) {
+      continue;  // every walk ends here: what feature it would leave by is of no use
+    }
+    features.resize(walkers.size());
+    const Tensor weight = weights[station.weight].contiguous();
+    RWFX_DISPATCH(weight.scalar_type(), "rwfx::walk", [&] {
+      draw_features<scalar_t>(weight, walkers, station.base, s, temperature, epsilon, uniform, features);
+    });
+    const int64_t* table = tables[s].const_data_ptr<int64_t>();
+    for (size_t k = 0; k < walkers.size(); ++k) {
+      send(station, {walkers[k].walk, table[features[k]]});
+    }
+  }
+
+  std::vector<Tensor> out;
+  Tensor next = at::empty_like(last);
+  int64_t* bounds = next.mutable_data_ptr<int64_t>();
+  int64_t* numbers = bounds + kept.size() + 1;
+  int64_t first = 0, count = 0;
+  for (size_t k = 0; k < kept.size(); ++k) {
+    const uint64_t stream = 2 * num_stations + num_heads + k;
+    const auto set = visits.rows(k, exactly.empty() ? 0 : exactly[k], min_rows, stream, uniform);
+    Tensor rows = at::empty({static_cast<int64_t>(set.size())}, last.options());
+    std::copy(set.begin(), set.end(), rows.mutable_data_ptr<int64_t>());
+    out.push_back(rows);
+    bounds[k] = count;
+    for (const int64_t row : set) {
+      numbers[count++] = row + first;
+    }
+    first += sizes[k];
+  }
+  bounds[kept.size()] = count;
+  std::fill(numbers + count, numbers + first, 0);
+  out.push_back(next);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rwfx, CPU, m) {
+  m.impl("walk", walk);
+}
+
+TORCH_LIBRARY_IMPL(rwfx, AutogradCPU, m) {
+  m.impl("walk", torch::CppFunction::makeFallthrough());
+}
+
+}  // namespace rwfx
