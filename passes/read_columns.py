@@ -64,6 +64,9 @@ def read_columns(gm: GraphModule) -> GraphModule:
             call.args = (activated.all_input_nodes[0], *call.args[1:])
             call.kwargs = {**call.kwargs, "activation": activation}
             confined.graph.erase_node(activated)
+        source = call.args[0]
+        if source.target is ROW_LINEAR and list(source.users) == [call]:
+            call.kwargs = {**call.kwargs, "direct": True}
     confined.graph.lint()
     confined.recompile()
     return confined

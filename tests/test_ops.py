@@ -151,12 +151,12 @@ def test_only_products_on_the_rows_are_run_and_none_for_what_is_frozen(needs, ex
     for name, tensor in {"x": x, "w": w, "b": b}.items():
         tensor.requires_grad_(name in needs)
     y = row_linear(x, w, b, torch.tensor([1, 3]), "rows", grad)
-    assert products(y.sum().backward) == expected
+    assert sorted(products(y.sum().backward)) == sorted(expected)
 
 
 def test_masking_runs_the_dense_products():
     y = masked_linear(*operands(), torch.tensor([1, 3]), "full")
-    assert products(y.sum().backward) == [(6, 5, 7), (5, 6, 7)]
+    assert sorted(products(y.sum().backward)) == [(5, 6, 7), (6, 5, 7)]
 
 
 @OP

@@ -20,6 +20,7 @@
 #include <ATen/ops/tanh_backward.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -36,18 +37,32 @@ using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// x[:, columns] of a (B, O) with any strides: (B, K).
-Tensor gather_columns(const Tensor& x, const Tensor& columns) {
+// Above this share of columns, to gather and scatter them costs more than the rest of the product.
+constexpr double MOST_COLUMNS = 0.7;
+
+// x[:, columns] of a (B, O) with any strides: (B, K), stored by columns where `by_columns` says so or x is.
+Tensor gather_columns(const Tensor& x, const Tensor& columns, bool by_columns = false) {
   const int64_t count = columns.numel(), batch = x.size(0), down = x.stride(0), across = x.stride(1);
   const int64_t* at = columns.const_data_ptr<int64_t>();
-  Tensor out = at::empty({batch, count}, x.options());
+  by_columns = by_columns || (down == 1 && across != 1);
+  Tensor out = by_columns ? at::empty({count, batch}, x.options()).t() : at::empty({batch, count}, x.options());
   RWFX_DISPATCH(x.scalar_type(), "rwfx::gather_columns", [&] {
     const scalar_t* from = x.const_data_ptr<scalar_t>();
     scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    if (down == 1) {
+      at::parallel_for(0, count, grain(batch), [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          for (int64_t b = 0; b < batch; ++b) {
+            to[by_columns ? k * batch + b : b * count + k] = from[at[k] * across + b];
+          }
+        }
+      });
+      return;
+    }
     at::parallel_for(0, batch, grain(count), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         for (int64_t k = 0; k < count; ++k) {
-          to[b * count + k] = from[b * down + at[k] * across];
+          to[by_columns ? k * batch + b : b * count + k] = from[b * down + at[k] * across];
         }
       }
     });
@@ -101,6 +116,21 @@ Tensor scatter_columns(const Tensor& x, const Tensor& columns, int64_t width) {
   return out;
 }
 
+// As scatter_columns, of an x that is stored by columns; so is the result. The other columns are not even written, for
+// nothing reads them, but where somebody looks for numbers that are not finite.
+Tensor scatter_by_columns(const Tensor& x, const Tensor& columns, int64_t width) {
+  const int64_t count = columns.numel(), batch = x.size(0), bytes = batch * x.element_size();
+  const int64_t* at = columns.const_data_ptr<int64_t>();
+  const bool looked_at = torch::autograd::AnomalyMode::is_enabled();
+  Tensor out = (looked_at ? at::zeros({width, batch}, x.options()) : at::empty({width, batch}, x.options())).t();
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t c = 0; c < count; ++c) {
+    std::memcpy(to + at[c] * bytes, from + c * bytes, bytes);
+  }
+  return out;
+}
+
 // A (O, ...) that is `values` (K, ...) in the rows given and zero elsewhere.
 Tensor scatter_rows(const Tensor& values, const Tensor& rows, int64_t num_rows) {
   auto sizes = values.sizes().vec();
@@ -124,9 +154,6 @@ Tensor pack(const Tensor& values, const Tensor& rows, int64_t num_rows) {
   sizes[0] = num_rows;
   return at::_sparse_coo_tensor_unsafe(rows.clone().unsqueeze(0), values, sizes, values.options(), true);
 }
-
-// Above this share of columns, to gather and scatter them costs more than the rest of the product.
-constexpr double MOST_COLUMNS = 0.7;
 
 // What may be computed of the input first: its forward, and its backward from the output's gradient and from either the
 // input or the output.
@@ -174,14 +201,25 @@ Gradients backward(
     at::ScalarType dtype,
     bool full_dx,
     std::string_view grad,
-    std::string_view activation) {
+    std::string_view activation,
+    bool direct) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor rows = given_rows.contiguous();
   const int64_t num_rows = g.size(-1);
   const bool all_rows = rows.numel() == num_rows;
   const Tensor g_BO = g.reshape({-1, num_rows});
   const Tensor g_BK = all_rows ? g_BO : gather_columns(g_BO, rows);
+  const auto of_parameter = [&](Tensor values) {
+    values = values.to(dtype);
+    return grad == "kept" ? values : grad == "rows" ? pack(values, rows, num_rows) : scatter_rows(values, rows, num_rows);
+  };
   Tensor dx, dw, db;
+  if (a) {
+    dw = of_parameter(at::mm(g_BK.t(), a->reshape({-1, a->size(-1)}).to(g.scalar_type())));
+  }
+  if (needs_bias) {
+    db = of_parameter(g_BK.sum(0));
+  }
   if (weight) {
     const int64_t width = weight->size(1);
     const Activation* of = activation_of(activation);
@@ -189,11 +227,16 @@ Gradients backward(
       da = da.to(x_dtype);
       return of ? of->backward(da, columns_of(activated->reshape({-1, width}))) : da;
     };
-    if (given_columns && !full_dx && given_columns->numel() < MOST_COLUMNS * width) {
+    if (given_columns && !full_dx && (direct || given_columns->numel() < MOST_COLUMNS * width)) {
       const Tensor columns = given_columns->contiguous();
       const Tensor w_KC = gather_rows(*weight, rows, columns).to(g.scalar_type());
-      const auto gather = [&](const Tensor& x) { return gather_columns(x, columns); };
-      dx = scatter_columns(through(at::mm(g_BK, w_KC), gather), columns, width);
+      const auto gather = [&](const Tensor& x) { return gather_columns(x, columns, direct); };
+      if (direct) {
+        const Tensor dx_CB = through(at::mm(w_KC.t(), g_BK.t()).t(), gather);
+        dx = scatter_by_columns(dx_CB, columns, width);
+      } else {
+        dx = scatter_columns(through(at::mm(g_BK, w_KC), gather), columns, width);
+      }
     } else {
       const Tensor w = full_dx || all_rows ? *weight : gather_rows(*weight, rows, {});
       dx = through(at::mm(full_dx ? g_BO : g_BK, w.to(g.scalar_type())), [](const Tensor& x) { return x; });
@@ -201,16 +244,6 @@ Gradients backward(
     auto shape = g.sizes().vec();
     shape.back() = width;
     dx = dx.view(shape);
-  }
-  const auto of_parameter = [&](Tensor values) {
-    values = values.to(dtype);
-    return grad == "kept" ? values : grad == "rows" ? pack(values, rows, num_rows) : scatter_rows(values, rows, num_rows);
-  };
-  if (a) {
-    dw = of_parameter(at::mm(g_BK.t(), a->reshape({-1, a->size(-1)}).to(g.scalar_type())));
-  }
-  if (needs_bias) {
-    db = of_parameter(g_BK.sum(0));
   }
   return {dx, dw, db};
 }
@@ -235,7 +268,8 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
       std::string_view dx,
       std::string_view grad,
       optional<at::ScalarType> dtype,
-      std::string_view activation) {
+      std::string_view activation,
+      bool direct) {
     check_rows(rows);
     const Activation* of = activation_of(activation);
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -252,6 +286,7 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
     ctx->saved_data["edges"] = std::vector<bool>{
         bias.has_value() && bias->defined(), kept_weight.has_value(), kept_bias.has_value()};
     ctx->saved_data["full_dx"] = dx == "full";
+    ctx->saved_data["direct"] = direct;
     ctx->saved_data["grad"] = std::string(kept_weight ? "kept" : grad);
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["dtypes"] = std::vector<int64_t>{
@@ -294,9 +329,10 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         static_cast<at::ScalarType>(dtypes[1]),
         ctx->saved_data["full_dx"].toBool(),
         grad,
-        ctx->saved_data["activation"].toStringRef());
+        ctx->saved_data["activation"].toStringRef(),
+        ctx->saved_data["direct"].toBool());
     const Tensor none;
-    variable_list all(11);
+    variable_list all(12);
     all[0] = dx;
     all[kept ? 3 : 1] = dw;
     all[kept ? 4 : 2] = db;
@@ -315,8 +351,9 @@ Tensor row_linear(
     const optional<Tensor>& kept_weight,
     const optional<Tensor>& kept_bias,
     const optional<Tensor>& columns,
-    std::string_view activation) {
-  return RowLinear::apply(x, weight, bias, kept_weight, kept_bias, rows, columns, dx, grad, dtype, activation);
+    std::string_view activation,
+    bool direct) {
+  return RowLinear::apply(x, weight, bias, kept_weight, kept_bias, rows, columns, dx, grad, dtype, activation, direct);
 }
 
 }  // namespace

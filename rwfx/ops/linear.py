@@ -27,7 +27,7 @@ _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define(
     "row_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rows, str dx='rows', str grad='dense', "
     "ScalarType? dtype=None, Tensor? kept_weight=None, Tensor? kept_bias=None, Tensor? columns=None, "
-    "str activation='') -> Tensor"
+    "str activation='', bool direct=False) -> Tensor"
 )
 _library.define(
     "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rows, str dx='rows', str grad='dense', "
@@ -47,6 +47,7 @@ def row_linear(
     kept_bias: Tensor | None = None,
     columns: Tensor | None = None,
     activation: str = "",
+    direct: bool = False,
 ) -> Tensor:
     """``y = a @ weight.T + bias``, ``a = activation(x)``; the backward computes only ``rows`` of the weight's gradient.
 
@@ -73,6 +74,8 @@ def row_linear(
             the others. That may be left out then, which is to say zero. Not used with ``dx="full"``.
         activation: ``"relu"``, ``"gelu"``, ``"silu"``, ``"tanh"``, ``"sigmoid"`` of ``torch.nn.functional``, or empty
             for ``a = x``. Its backward too is confined to ``columns``.
+        direct: a promise, beside ``columns``, that the gradient of ``x`` goes to another ``row_linear`` and to nothing
+            else. It may then be laid out by columns, and hold anything in the others.
 
     What needs no gradient (a frozen weight, the model's input) costs nothing in the backward pass.
 
@@ -80,7 +83,7 @@ def row_linear(
         ValueError: ``rows`` is not int64 or not one-dimensional; no such activation.
     """
     return torch.ops.rwfx.row_linear.default(
-        x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation
+        x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation, direct
     )
 
 
@@ -130,7 +133,7 @@ class _Linear(torch.autograd.Function):
     """What both operators have in common: the forward, and what the backward needs of it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation):
+    def forward(ctx, x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation, direct):
         if rows.dtype != torch.int64 or rows.dim() != 1:
             raise ValueError(
                 f"rows must be a one-dimensional int64 tensor of row numbers, got {rows.dtype} of shape "
@@ -143,7 +146,7 @@ class _Linear(torch.autograd.Function):
         activated = (x if ctx.activation.of_input else a) if ctx.activation and x.requires_grad else None
         # Only what the backward pass reads.
         ctx.save_for_backward(a if trained else None, activated, weight if x.requires_grad else None, rows, columns)
-        ctx.dx, ctx.grad, ctx.x_dtype, ctx.dtype = dx, grad, x.dtype, weight.dtype
+        ctx.dx, ctx.grad, ctx.x_dtype, ctx.dtype, ctx.direct = dx, grad, x.dtype, weight.dtype, direct
         # Not an operator of ours, so that a compiler sees a product like any other.
         return _product(a, weight, bias, dtype)
 
@@ -156,7 +159,7 @@ class _Linear(torch.autograd.Function):
     def gradients(ctx, g, dx, dw, db):
         if dx is not None:
             dx = dx.reshape(*g.shape[:-1], dx.shape[-1])
-        return (dx, *[None] * 6, dw, db, None, None) if ctx.kept else (dx, dw, db, *[None] * 8)
+        return (dx, *[None] * 6, dw, db, *[None] * 3) if ctx.kept else (dx, dw, db, *[None] * 9)
 
     @staticmethod
     def needs(ctx):
@@ -257,8 +260,11 @@ def _register(op: str, function: type[_Linear]) -> None:
         kept_bias=None,
         columns=None,
         activation="",
+        direct=False,
     ):
-        return function.apply(x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation)
+        return function.apply(
+            x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation, direct
+        )
 
     def without_gradient(x, *others, **named):
         with torch.no_grad():
@@ -289,13 +295,13 @@ def _in_autocast(op, device: str):
 # The backward of row_linear as one operator, for a CPU: rwfx/native/linear.cpp has its only implementation.
 _library.define(
     "row_linear_backward(Tensor g, Tensor? a, Tensor? activated, Tensor? weight, Tensor rows, Tensor? columns, "
-    "bool needs_bias, ScalarType x_dtype, ScalarType dtype, bool full_dx, str grad, str activation) "
+    "bool needs_bias, ScalarType x_dtype, ScalarType dtype, bool full_dx, str grad, str activation, bool direct) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.register_fake("rwfx::row_linear_backward")
-def _(g, a, activated, weight, rows, columns, needs_bias, x_dtype, dtype, full_dx, grad, activation):
+def _(g, a, activated, weight, rows, columns, needs_bias, x_dtype, dtype, full_dx, grad, activation, direct):
     let_inductor_compare_sparse()
 
     def of_parameter(*features):
@@ -304,7 +310,11 @@ def _(g, a, activated, weight, rows, columns, needs_bias, x_dtype, dtype, full_d
         values = g.new_empty((rows.shape[0], *features), dtype=dtype)
         return row_gradient(torch.empty_like(rows), values, g.shape[-1]) if grad == "rows" else values
 
-    dx = None if weight is None else g.new_empty((*g.shape[:-1], weight.shape[1]), dtype=x_dtype)
+    dx = None
+    if weight is not None:
+        dx = g.new_empty((*g.shape[:-1], weight.shape[1]), dtype=x_dtype)
+        if direct and columns is not None and not full_dx:
+            dx = g.new_empty((weight.shape[1], *g.shape[:-1]), dtype=x_dtype).movedim(0, -1)
     return dx, None if a is None else of_parameter(a.shape[-1]), of_parameter() if needs_bias else None
 
 

@@ -78,11 +78,15 @@ def step_dense_and_rows(
     with torch.no_grad():
         if by_row and not overflowed(optimizer):
             grad_scale = getattr(optimizer, "grad_scale", None)
-            for group in optimizer.param_groups:
-                in_one_pass = [w for w, of in by_row if of is group and has_one_pass(w)]
-                if in_one_pass:
-                    one_pass(in_one_pass, group, optimizer.state, 1.0 if grad_scale is None else float(grad_scale))
-            for group, (w, rows, g) in batches([(w, group) for w, group in by_row if not has_one_pass(w)]):
+            left, fast = [], {}
+            for w, group in by_row:
+                if has_one_pass(w):
+                    fast.setdefault(id(group), (group, []))[1].append(w)
+                else:
+                    left.append((w, group))
+            for group, w in fast.values():
+                one_pass(w, group, optimizer.state, 1.0 if grad_scale is None else float(grad_scale))
+            for group, (w, rows, g) in batches(left):
                 update_rows(w, rows, to_descend(w, g, group, grad_scale), group, optimizer.state)
     return loss
 
