@@ -13,10 +13,13 @@ SAMPLER = "row_sampler"  # the name of the submodule
 def sample_rows(gm: GraphModule, sampler: RowSampler) -> tuple[GraphModule, dict[str, str]]:
     """Call ``sampler`` on its weights before anything else in the forward pass.
 
-    The outputs are unchanged. Also returns, for each weight, the name of the node that is its row set.
+    The outputs are unchanged; without a weight to draw for, so is the graph. Also returns, for each weight, the name of
+    the node that is its row set.
     """
     sampled = GraphModule(gm, copy.deepcopy(gm.graph))
     sampled.add_module(SAMPLER, sampler)
+    if not sampler.kept:
+        return sampled, {}
     graph = sampled.graph
     first = next(node for node in graph.nodes if node.op != "placeholder")
     rows = {}

@@ -10,6 +10,7 @@ every step   row sampler: WeightGraph, |W| --walks--> row sets --> row-sparse op
 """
 
 from rwfx import draw, ops, optim
+from rwfx.break_even import CostModel
 from rwfx.history import History
 from rwfx.sparse_module import SparseModule
 from rwfx.train import RandomWalkTrainer
@@ -19,6 +20,7 @@ from rwfx.weight_graph import WeightGraph, weight_graph
 
 __version__ = "0.1.0"
 __all__ = [
+    "CostModel",
     "History",
     "RandomWalkTrainer",
     "SparseModule",

@@ -6,6 +6,8 @@ In: the lines that ``rwfx.transform`` writes and the row counts of the last draw
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rwfx.break_even import Costs
+
 
 @dataclass(frozen=True)
 class Line:
@@ -17,6 +19,12 @@ class Line:
     calls: int  # how many times a forward pass uses it
     input_grads: int  # at how many of these calls the backward pass also needs the input's gradient
     dense_because: str = ""  # empty: its backward is row-sparse
+    costs: Costs | None = None  # predicted; None: nothing was
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """The predicted speed of a step on this weight over that with a free backward and update."""
+        return self.costs.share_of_limit(is_sparse=not self.dense_because) if self.costs else None
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,19 @@ class Report:
     notes: tuple[str, ...] = ()
 
     @property
+    def predicted(self) -> tuple[float, float] | None:
+        """How many times as fast as dense a step is predicted to be, and the limit: that with a free backward.
+
+        Of the weights alone: not counted are the sampler, the loss and whatever else the model computes.
+        """
+        costs = [(line.costs, not line.dense_because) for line in self.lines if line.costs is not None]
+        if not costs:
+            return None
+        forward = sum(of.forward for of, _ in costs)
+        dense = forward + sum(of.dense for of, _ in costs)
+        return dense / (forward + sum(of.sparse if sparse else of.dense for of, sparse in costs)), dense / forward
+
+    @property
     def sparse(self) -> tuple[str, ...]:
         """The weights with a row-sparse backward."""
         return tuple(line.weight for line in self.lines if not line.dense_because)
@@ -82,13 +103,14 @@ class Report:
 
     def __str__(self) -> str:
         width = max(len(line.weight) for line in self.lines)
-        text = [f"{'weight':<{width}}  {'shape':>13}  {'rows kept':>13}  backward"]
+        text = [f"{'weight':<{width}}  {'shape':>13}  {'rows kept':>13}  {'of limit':>8}  backward"]
         for line in self.lines:
             kept = self.kept_rows.get(line.weight)
             share = "" if kept is None else f"{kept:>5} {kept / line.rows:>7.1%}"
             how = f"dense: {line.dense_because}" if line.dense_because else self.mode
             shape = f"{line.rows} x {line.features}"
-            text.append(f"{line.weight:<{width}}  {shape:>13}  {share:>13}  {how}")
+            limit = "" if line.share_of_limit is None else f"{line.share_of_limit:.0%}"
+            text.append(f"{line.weight:<{width}}  {shape:>13}  {share:>13}  {limit:>8}  {how}")
         if self.kept_rows:
             flops = self.flops()
             text.append(
@@ -97,5 +119,9 @@ class Report:
             )
         else:
             text.append("no training forward yet: no rows drawn")
+        if self.predicted:
+            text.append(
+                "predicted: a step {:.1f} times as fast as dense, at most {:.1f} (the limit)".format(*self.predicted)
+            )
         text += [f"note: {note}" for note in self.notes]
         return "\n".join(text)

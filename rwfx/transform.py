@@ -3,29 +3,29 @@
 capture -> normalize -> weight graph -> sample_rows -> sparse_backward -> read_columns -> verify
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
-from functools import partial
 from math import inf
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import distributed, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from rwfx import native
-from rwfx.capture import Capture, capture, shared_copy, split_inputs
-from rwfx.passes.normalize import normalize, parameter_of
+from rwfx.break_even import CostModel
+from rwfx.capture import capture, shared_copy, split_inputs
+from rwfx.choose import lines_of, weigh
+from rwfx.passes.normalize import normalize
 from rwfx.passes.read_columns import read_columns
 from rwfx.passes.sample_rows import SAMPLER, sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.verify import same_outputs, verify
-from rwfx.report import Line
 from rwfx.sparse_module import SparseModule, check_names
 from rwfx.walk import RowSampler, WalkOptions, rows_kept
-from rwfx.weight_graph import WeightGraph, graph_of
+from rwfx.weight_graph import graph_of, shapes_of
 
 
 def transform(
@@ -42,6 +42,7 @@ def transform(
     grad: Literal["dense", "rows"] = "dense",
     seed: int | None = None,
     resample_every: int = 1,
+    break_even: bool | CostModel = True,
     example_inputs: Any = None,
 ) -> SparseModule:
     """Give ``model`` a backward pass that computes, every step, only the rows that random walks visit.
@@ -76,6 +77,9 @@ def transform(
             seeds draw equal rows on every rank. By default one number of ``torch.manual_seed``'s stream, that of
             rank 0 where ``torch.distributed`` is initialized: then every rank has to call ``transform``.
         resample_every: draw new row sets every so many training forwards.
+        break_even: leave a weight dense where a row-sparse backward is predicted to take longer, by
+            ``rwfx.CostModel()`` or by the one given (``CostModel.measured(batch_size)`` measures this machine). False
+            makes every weight row-sparse. On other devices than a CPU nothing is predicted unless a model is given.
         example_inputs: a tuple, a dict of keyword arguments, or a single value for ``model.forward``. Needed where
             the model reshapes by the shape of its inputs, or to say which optional arguments are used; the
             result is then also checked against the model on them.
@@ -88,7 +92,7 @@ def transform(
         50 if num_paths is None else num_paths, density, temperature, epsilon, min_rows, resample_every
     )
     _check_options(options)
-    _check_choices(mode, dx, grad, seed)
+    _check_choices(mode, dx, grad, seed, break_even)
     dx = dx or ("full" if mode == "masked" else "rows")
     patterns = _patterns(dense)
     if isinstance(model, SparseModule):
@@ -97,8 +101,9 @@ def transform(
     captured = capture(model, example_inputs)
     check_names(captured.host)
     gm = normalize(GraphModule(captured.host, captured.train))
-    graph = graph_of(gm, captured, example_inputs)
-    lines = _lines(gm, graph, captured, patterns, grad)
+    shapes = shapes_of(gm, captured, example_inputs)
+    graph = graph_of(gm, captured, shapes)
+    lines = lines_of(gm, graph, captured, patterns, grad)
     kept = [line.weight for line in lines if not line.dense_because]
     if not kept:
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
@@ -112,22 +117,47 @@ def transform(
     device = captured.host.get_parameter(kept[0]).device
     if device.type == "cpu":
         native.ready()
-    gm, rows = sample_rows(gm, RowSampler(graph, kept, options, seed).to(device))
-    gm = sparse_backward(gm, rows, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
-    gm = verify(read_columns(gm), model, rows)
+
+    def rewritten(kept: Sequence[str]) -> tuple[GraphModule, dict[str, str], RowSampler]:
+        sampler = RowSampler(graph, kept, options, seed).to(device)
+        sampled, rows = sample_rows(gm, sampler)
+        sparse = sparse_backward(sampled, rows, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
+        return verify(read_columns(sparse), model, rows), rows, sampler
+
+    sparse_gm, rows, sampler = rewritten(kept)
+    costs = _cost_model(break_even, device.type, mode)
+    if costs is not None:
+        lines = weigh(sparse_gm, rows, sampler, lines, shapes, costs)
+        paying = [line.weight for line in lines if not line.dense_because]
+        if paying != kept:
+            sparse_gm, rows, sampler = rewritten(paying)
+        if not paying:
+            warnings.warn(
+                f"no weight of {type(model).__name__} is large enough for a row-sparse backward to pay, so the "
+                "transformed model trains densely. Its report says what was predicted; break_even=False makes every "
+                "weight row-sparse all the same.",
+                stacklevel=2,
+            )
 
     settings = {**vars(options), "mode": mode, "dx": dx, "grad": grad, "seed": seed}
     sparse_model = SparseModule.over(
         captured.host,
-        gm.graph,
+        sparse_gm.graph,
         captured.eval,
         lines=lines,
         settings=settings,
         notes=(*graph.notes, *captured.notes),
     )
-    sparse_model._modules[SAMPLER] = gm.get_submodule(SAMPLER)
+    sparse_model._modules[SAMPLER] = sampler
     _check_replay(model, sparse_model, example_inputs)
     return sparse_model
+
+
+def _cost_model(break_even: bool | CostModel, device: str, mode: str) -> CostModel | None:
+    if isinstance(break_even, CostModel):
+        return break_even
+    # Measured for a CPU alone: elsewhere only the caller can say.
+    return CostModel() if break_even and device == "cpu" and mode == "sparse" else None
 
 
 def _common_seed() -> int:
@@ -135,82 +165,6 @@ def _common_seed() -> int:
     if distributed.is_available() and distributed.is_initialized():
         distributed.broadcast_object_list(seeds)
     return seeds[0]
-
-
-def _lines(
-    gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Sequence[str], grad: str
-) -> tuple[Line, ...]:
-    """A line per parameter with rows: those of the linear calls in execution order, then the rest."""
-    calls = {node.name: node for node in gm.graph.nodes}
-    lines, every_name = [], []
-    for weight, names in graph.names.items():
-        uses = [use for use in graph.uses if use.weight == weight]
-        parameter = captured.host.get_parameter(weight)
-        every_name += [n for name in names for n in _paths(name)]
-        if any(_matches(name, patterns) for name in names):
-            reason = "asked for with dense="
-        elif weight not in graph.reached:
-            reason = "no walk reaches it from an output"
-        elif not parameter.is_floating_point() or not parameter.numel():
-            reason = f"it is {parameter.dtype} of shape {tuple(parameter.shape)}"
-        elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
-            reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
-        else:
-            reason = ""
-        input_grads = sum(_needs_gradient(gm, calls[use.node].args[0]) for use in uses)
-        num_rows, features = parameter.shape
-        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason))
-    for name, parameter in captured.host.named_parameters():
-        if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
-            owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
-            every_name += _paths(name)
-            reason = f"no plain linear call uses it (it belongs to {owner})"
-            lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in every_name):
-            known = ", ".join(line.weight for line in lines)
-            raise ValueError(f"dense names {pattern!r}, which matches no weight or module; the weights are {known}.")
-    return tuple(lines)
-
-
-def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:
-    """Where the weight or the bias of these calls gets a gradient that is not confined to their row set, if it does."""
-    parameters = {id(p) for call in calls for p in map(partial(parameter_of, gm), call.args[1:3]) if p is not None}
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            shared = any(id(p) in parameters for p in gm.get_submodule(str(node.target)).parameters())
-        else:
-            shared = any(id(parameter_of(gm, n)) in parameters for n in node.all_input_nodes)
-        if shared and node not in calls:
-            return f"{node.name} uses its weight or bias too"
-    return ""
-
-
-def _paths(weight: str) -> list[str]:
-    """A weight's name and those of all modules that it lies in."""
-    parts = weight.split(".")
-    return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
-
-
-def _matches(weight: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(n, p) for n in _paths(weight) for p in patterns)
-
-
-def _needs_gradient(gm: GraphModule, node: Any) -> bool:
-    """Whether anything before ``node`` is trained, so that a backward pass goes on through it."""
-    seen, queue = set(), [node] if isinstance(node, Node) else []
-    while queue:
-        at = queue.pop()
-        if at.op == "call_module":
-            parameters: Iterable[Any] = gm.get_submodule(str(at.target)).parameters()
-        else:
-            parameter = parameter_of(gm, at)
-            parameters = [] if parameter is None else [parameter]
-        if any(p.requires_grad for p in parameters):
-            return True
-        queue += [n for n in at.all_input_nodes if n not in seen]
-        seen.update(at.all_input_nodes)
-    return False
 
 
 def _check_replay(model: nn.Module, sparse_model: SparseModule, example_inputs: Any) -> None:
@@ -259,7 +213,7 @@ def _check_number(name: str, value: Any, kind: type, low: float, high: float = i
         raise ValueError(f"{name} must be {wanted} {bounds}, got {value!r}.")
 
 
-def _check_choices(mode: Any, dx: Any, grad: Any, seed: Any) -> None:
+def _check_choices(mode: Any, dx: Any, grad: Any, seed: Any, break_even: Any) -> None:
     choices: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
         "mode": (mode, ("sparse", "masked")),
         "dx": (dx, ("rows", "full", None)),
@@ -270,3 +224,5 @@ def _check_choices(mode: Any, dx: Any, grad: Any, seed: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
     if seed is not None:
         _check_number("seed", seed, Integral, 0, 2**63 - 1)
+    if not isinstance(break_even, bool | CostModel):
+        raise TypeError(f"break_even must be True, False or a rwfx.CostModel, got {break_even!r}.")

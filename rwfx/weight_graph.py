@@ -132,16 +132,19 @@ def weight_graph(model: nn.Module, example_inputs: Any = None) -> WeightGraph:
         ValueError: the model cannot be traced, has no linear weight, or needs example inputs.
     """
     captured = capture(model, example_inputs)
-    return graph_of(normalize(GraphModule(captured.host, captured.train)), captured, example_inputs)
+    gm = normalize(GraphModule(captured.host, captured.train))
+    return graph_of(gm, captured, shapes_of(gm, captured, example_inputs))
 
 
-def graph_of(gm: GraphModule, captured: Capture, example_inputs: Any = None) -> WeightGraph:
-    """The weight graph of a captured model whose train graph has been normalized to ``gm``."""
+def graph_of(gm: GraphModule, captured: Capture, shapes: Mapping[str, torch.Size] | None = None) -> WeightGraph:
+    """The weight graph of a captured model whose train graph has been normalized to ``gm``.
+
+    ``shapes``, from ``shapes_of``, are needed where the model reshapes by the shape of its inputs.
+    """
     names: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
     for name, parameter in captured.host.named_parameters(remove_duplicate=False):
         aliases.setdefault(names.setdefault(id(parameter), name), []).append(name)
-    shapes = None if example_inputs is None else _shapes(gm, captured, example_inputs)
     trail = follow_rows(gm, names, shapes)
 
     graph = WeightGraph(trail.stations, {}, {}, trail.notes)
@@ -156,8 +159,10 @@ def graph_of(gm: GraphModule, captured: Capture, example_inputs: Any = None) -> 
     return WeightGraph(trail.stations, heads, {w: tuple(aliases[w]) for w in weights}, trail.notes)
 
 
-def _shapes(gm: GraphModule, captured: Capture, example_inputs: Any) -> Mapping[str, torch.Size]:
-    """The shape of every node's value on the example inputs, computed without data."""
+def shapes_of(gm: GraphModule, captured: Capture, example_inputs: Any) -> dict[str, torch.Size] | None:
+    """The shape of every node's value on the example inputs, computed without data; None without any."""
+    if example_inputs is None:
+        return None
     args, kwargs = split_inputs(example_inputs)
     shapes: dict[str, torch.Size] = {}
 

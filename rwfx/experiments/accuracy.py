@@ -172,7 +172,8 @@ def _contenders(plan: Plan, data: DataSet, epochs: int, seed: int) -> list[Conte
             compile=plan.compile,
             seed=seed,
             progress=False,
-            **(plan.transform_options if walks else {}),
+            # The method is what is compared, also where it does not pay.
+            **({"break_even": False, **plan.transform_options} if walks else {}),
         )
         order = Generator().manual_seed(seed)
         loader = TensorLoader(data.train_inputs, data.train_target, plan.batch_size, order)

@@ -74,6 +74,27 @@ struct RowGradient {
   }
 };
 
+// How many updates a row has had: each its own number, or one number for the whole parameter.
+class Steps {
+ public:
+  Steps() = default;
+  explicit Steps(const Tensor& steps) : of_row_(steps.mutable_data_ptr<float>()) {
+    if (steps.dim() == 0) {
+      of_all_ = *of_row_ += 1;
+      of_row_ = nullptr;
+    }
+  }
+
+  // The number of this update, which counts it.
+  double next(int64_t row) const {
+    return of_row_ ? of_row_[row] += 1 : of_all_;
+  }
+
+ private:
+  float* of_row_ = nullptr;
+  float of_all_ = 0;
+};
+
 struct Adam {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled_weight_decay, maximize;
@@ -81,9 +102,8 @@ struct Adam {
 
   // `largest` is null without amsgrad.
   template <typename scalar_t>
-  void row(float& step, scalar_t* w, scalar_t* m, scalar_t* v, scalar_t* largest, const scalar_t* g, int64_t n) const {
+  void row(double t, scalar_t* w, scalar_t* m, scalar_t* v, scalar_t* largest, const scalar_t* g, int64_t n) const {
     using real = real_t<scalar_t>;
-    const double t = step += 1;
     // expm1: for a beta close to one the difference 1 - beta**t loses four digits.
     const double correction1 = beta1 == 0 ? 1 : -std::expm1(t * std::log(beta1));
     const double correction2 = std::sqrt(beta2 == 0 ? 1 : -std::expm1(t * std::log(beta2)));
@@ -139,7 +159,7 @@ void adam_rows_(
   const Adam adam{lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, grad_scale};
   for (size_t p = 0; p < ws.size(); ++p) {
     const RowGradient grad(grads[p]);
-    float* step = steps[p].mutable_data_ptr<float>();
+    const Steps count(steps[p]);
     RWFX_DISPATCH(ws[p].scalar_type(), "rwfx::adam_rows_", [&] {
       auto* w = ws[p].mutable_data_ptr<scalar_t>();
       auto* m = exp_avgs[p].mutable_data_ptr<scalar_t>();
@@ -152,7 +172,7 @@ void adam_rows_(
       }
       grad.for_rows(read, [&](int64_t row, int64_t k, int64_t n) {
         const int64_t at = row * n;
-        adam.row(step[row], w + at, m + at, v + at, largest ? largest + at : nullptr, g + k * n, n);
+        adam.row(count.next(row), w + at, m + at, v + at, largest ? largest + at : nullptr, g + k * n, n);
       });
     });
   }
@@ -163,9 +183,9 @@ struct SGD {
   bool nesterov, maximize;
   double grad_scale;
 
-  // `step` and `b` are null without momentum.
+  // `b` is null without momentum.
   template <typename scalar_t>
-  void row(float* step, scalar_t* w, scalar_t* b, const scalar_t* g, int64_t n) const {
+  void row(double t, scalar_t* w, scalar_t* b, const scalar_t* g, int64_t n) const {
     using real = real_t<scalar_t>;
     const auto sign = static_cast<real>((maximize ? -1 : 1) / grad_scale);
     const auto decay = static_cast<real>(weight_decay), rate = static_cast<real>(lr);
@@ -178,7 +198,7 @@ struct SGD {
       return;
     }
     // b is zero the first time, so that g undampened is all of b.
-    const auto take = static_cast<real>((*step += 1) > 1 ? 1 - dampening : 1), mu = static_cast<real>(momentum);
+    const auto take = static_cast<real>(t > 1 ? 1 - dampening : 1), mu = static_cast<real>(momentum);
     const real of_g = nesterov ? 1 : 0, of_b = nesterov ? mu : 1;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
@@ -206,7 +226,7 @@ void sgd_rows_(
   const bool plain = momentum_buffers.empty();
   for (size_t p = 0; p < ws.size(); ++p) {
     const RowGradient grad(grads[p]);
-    float* step = plain ? nullptr : steps[p].mutable_data_ptr<float>();
+    const Steps count = plain ? Steps() : Steps(steps[p]);
     RWFX_DISPATCH(ws[p].scalar_type(), "rwfx::sgd_rows_", [&] {
       auto* w = ws[p].mutable_data_ptr<scalar_t>();
       auto* b = plain ? nullptr : momentum_buffers[p].mutable_data_ptr<scalar_t>();
@@ -217,7 +237,7 @@ void sgd_rows_(
       }
       grad.for_rows(read, [&](int64_t row, int64_t k, int64_t n) {
         const int64_t at = row * n;
-        sgd.row(plain ? nullptr : step + row, w + at, plain ? nullptr : b + at, g + k * n, n);
+        sgd.row(count.next(row), w + at, plain ? nullptr : b + at, g + k * n, n);
       });
     });
   }

@@ -64,23 +64,19 @@ def step_dense_and_rows(
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    by_row, any_dense = parameters_by_row(optimizer)
-    if any_dense or not by_row:
-        grads = [w.grad for w, _ in by_row]
-        for w, _ in by_row:
-            w.grad = None
-        try:
-            # The namesake's own step may carry the wrapper that calls the user's hooks: they have been called.
-            inspect.unwrap(dense_step, stop=lambda step: not hasattr(step, "hooked"))(optimizer)
-        finally:
-            for (w, _), grad in zip(by_row, grads, strict=True):
-                w.grad = grad
+    by_row, dense = parameters_by_row(optimizer)
+    # Beside row gradients, the dense ones take part in the same call; alone, they are the namesake's.
+    if by_row and (not dense or all(has_one_pass(w, group) for w, group in dense)):
+        by_row += dense
+    else:
+        with_gradients_hidden(by_row, optimizer, dense_step)
     with torch.no_grad():
         if by_row and not overflowed(optimizer):
             grad_scale = getattr(optimizer, "grad_scale", None)
-            left, fast = [], {}
+            fast: dict[int, tuple[Group, list[Tensor]]] = {}
+            left = []
             for w, group in by_row:
-                if has_one_pass(w):
+                if has_one_pass(w, group):
                     fast.setdefault(id(group), (group, []))[1].append(w)
                 else:
                     left.append((w, group))
@@ -91,12 +87,27 @@ def step_dense_and_rows(
     return loss
 
 
-def parameters_by_row(optimizer: Optimizer) -> tuple[list[tuple[Tensor, Group]], bool]:
-    """The parameters to update row by row, each with its group; and whether any is left for the dense step.
+def with_gradients_hidden(
+    hidden: list[tuple[Tensor, Group]], optimizer: Optimizer, dense_step: Callable[..., Any]
+) -> None:
+    """Take ``dense_step`` for all parameters but the hidden ones."""
+    grads = [w.grad for w, _ in hidden]
+    for w, _ in hidden:
+        w.grad = None
+    try:
+        # The namesake's own step may carry the wrapper that calls the user's hooks: they have been called.
+        inspect.unwrap(dense_step, stop=lambda step: not hasattr(step, "hooked"))(optimizer)
+    finally:
+        for (w, _), grad in zip(hidden, grads, strict=True):
+            w.grad = grad
+
+
+def parameters_by_row(optimizer: Optimizer) -> tuple[list[tuple[Tensor, Group]], list[tuple[Tensor, Group]]]:
+    """The parameters to update row by row, each with its group; and those that the dense step updates.
 
     By row: those with a row gradient, and those with a dense gradient and row state.
     """
-    by_row, any_dense = [], False
+    by_row, dense = [], []
     for number, group in enumerate(optimizer.param_groups):
         for position, w in enumerate(group["params"]):
             if w.grad is None:
@@ -105,8 +116,8 @@ def parameters_by_row(optimizer: Optimizer) -> tuple[list[tuple[Tensor, Group]],
                 check_by_row(w, group, f"parameter {position} of group {number}")
                 by_row.append((w, group))
             else:
-                any_dense = True
-    return by_row, any_dense
+                dense.append((w, group))
+    return by_row, dense
 
 
 def check_by_row(w: Tensor, group: Group, which: str) -> None:
@@ -141,12 +152,12 @@ def overflowed(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def has_one_pass(w: Tensor) -> bool:
+def has_one_pass(w: Tensor, group: Group) -> bool:
     """Whether the kernels of ``rwfx.native`` take ``w``: on a CPU, contiguous, of one real dtype with its gradient."""
     grad = w.grad
     assert grad is not None
     fits = w.is_cpu and w.dtype == grad.dtype and w.dtype in ONE_PASS_DTYPES and w.is_contiguous() and w.dim() > 0
-    return fits and native.ready()
+    return fits and not group["differentiable"] and not group.get("capturable") and native.ready()
 
 
 def batches(by_row: list[tuple[Tensor, Group]]) -> Iterator[tuple[Group, Batch]]:
@@ -198,23 +209,26 @@ def to_descend(w: list[Tensor], g: list[Tensor], group: Group, grad_scale: Tenso
 
 
 def row_state(w: Tensor, states: States, *moments: str) -> dict[str, Any]:
-    """State of ``w`` with ``step`` of shape ``(O,)`` and the named moments of ``w``'s shape, made where it has none.
+    """State of ``w`` with the named moments of ``w``'s shape and ``step``, made where it has none.
 
-    After dense steps every row has had as many updates as the parameter.
+    ``step`` is ``(O,)``, but for a dense gradient without row state it is one number. After dense steps every row has
+    had as many updates as the parameter.
     """
     state = states[w]
-    if not has_row_state(state):
+    step = state.get("step")
+    if step is None:
         # torch.optim.SGD keeps no count. A moment that is there was updated, and "at least once" is all SGD asks.
-        step = state.get("step", float(state.get(moments[0]) is not None))
-        state["step"] = torch.zeros(len(w), device=w.device, dtype=torch.float32).add_(step)
-    elif state["step"].device != w.device:
-        # load_state_dict moves the moments to w's device, and leaves step where it was saved.
-        state["step"] = state["step"].to(w.device)
+        step = torch.tensor(float(state.get(moments[0]) is not None), dtype=torch.float32)
+    if step.dim() == 0 and w.grad is not None and w.grad.layout != torch.strided:
+        step = torch.zeros(len(w), device=w.device, dtype=torch.float32).add_(step)
+    # load_state_dict moves the moments to w's device, and leaves step where it was saved.
+    state["step"] = step if step.dim() == 0 or step.device == w.device else step.to(w.device)
     for name in moments:
-        if state.get(name) is None:
+        of = state.get(name)
+        if of is None:
             state[name] = torch.zeros_like(w, memory_format=torch.preserve_format)
-        elif not state[name].is_contiguous() and w.is_contiguous():
-            state[name] = state[name].contiguous()
+        elif w.is_contiguous() and not of.is_contiguous():
+            state[name] = of.contiguous()
     return state
 
 

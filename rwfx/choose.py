@@ -1,0 +1,156 @@
+"""Which weights get a row-sparse backward, and why the others do not.
+
+In: a captured model, its weight graph, what the caller asked for. Out: the report's line for each weight.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from rwfx.break_even import Candidate, CostModel
+from rwfx.capture import Capture
+from rwfx.passes.normalize import parameter_of
+from rwfx.passes.read_columns import ROW_LINEAR
+from rwfx.report import Line
+from rwfx.walk import RowSampler
+from rwfx.weight_graph import WeightGraph
+
+
+def lines_of(
+    gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Sequence[str], grad: str
+) -> tuple[Line, ...]:
+    """A line per parameter with rows: those of the linear calls in execution order, then the rest."""
+    calls = {node.name: node for node in gm.graph.nodes}
+    lines, every_name = [], []
+    for weight, names in graph.names.items():
+        uses = [use for use in graph.uses if use.weight == weight]
+        parameter = captured.host.get_parameter(weight)
+        every_name += [n for name in names for n in _paths(name)]
+        if any(_matches(name, patterns) for name in names):
+            reason = "asked for with dense="
+        elif weight not in graph.reached:
+            reason = "no walk reaches it from an output"
+        elif not parameter.is_floating_point() or not parameter.numel():
+            reason = f"it is {parameter.dtype} of shape {tuple(parameter.shape)}"
+        elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
+            reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
+        else:
+            reason = ""
+        input_grads = sum(_needs_gradient(gm, calls[use.node].args[0]) for use in uses)
+        num_rows, features = parameter.shape
+        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason))
+    for name, parameter in captured.host.named_parameters():
+        if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
+            owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
+            every_name += _paths(name)
+            reason = f"no plain linear call uses it (it belongs to {owner})"
+            lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in every_name):
+            known = ", ".join(line.weight for line in lines)
+            raise ValueError(f"dense names {pattern!r}, which matches no weight or module; the weights are {known}.")
+    return tuple(lines)
+
+
+def weigh(
+    gm: GraphModule,
+    rows: Mapping[str, str],
+    sampler: RowSampler,
+    lines: Sequence[Line],
+    shapes: Mapping[str, torch.Size] | None,
+    model: CostModel,
+) -> tuple[Line, ...]:
+    """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
+
+    ``gm`` is the model with every weight of ``rows`` made row-sparse, ``rows`` the names of the row sets' nodes, and
+    ``sampler`` what draws them.
+    """
+    kept = _expected_rows(gm, sampler)
+    weight_at = {node: weight for weight, node in rows.items()}
+    calls: dict[str, list[tuple[str, str]]] = {}  # per weight: name, and the weight whose rows are the columns read
+    for node in gm.graph.nodes:
+        if node.target is ROW_LINEAR:
+            columns = str(node.kwargs.get("columns", ""))
+            calls.setdefault(weight_at[str(node.args[3])], []).append((node.name, weight_at.get(columns, "")))
+    candidates = []
+    for line in lines:
+        if line.dense_because:
+            continue
+        own = calls[line.weight]
+        batch = max(shapes[name].numel() // line.rows for name, _ in own) if shapes else model.batch_size
+        sources = tuple(source for _, source in own if source)
+        shape = line.rows, line.features, kept[line.weight]
+        candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, sources))
+    crossed = sum(gm.get_parameter(name).shape[1] for name in sampler.crossed)
+    paying = model.paying(candidates, model.sampler(sampler.options.num_paths, crossed))
+    alone = {of.weight: model.costs(of, {}) for of in candidates}
+    weighed = []
+    for line in lines:
+        costs = paying.get(line.weight) or alone.get(line.weight)
+        if costs is None or line.weight in paying:
+            weighed.append(replace(line, costs=costs))
+            continue
+        reason = f"it would not pay ({kept[line.weight]:.0f} of {line.rows} rows expected, predicted"
+        reason += f" {1e6 * costs.sparse:.0f} us against {1e6 * costs.dense:.0f} us dense)"
+        if costs.sparse < costs.dense:
+            reason = "drawing rows would cost more than all row-sparse backwards save"
+        weighed.append(replace(line, costs=costs, dense_because=reason))
+    return tuple(weighed)
+
+
+def _expected_rows(gm: GraphModule, sampler: RowSampler, draws: int = 3) -> dict[str, float]:
+    """The mean size of each weight's row set over a few draws, after which the sampler is as before."""
+    before = sampler.sampler_state()
+    totals = dict.fromkeys(sampler.kept, 0)
+    weights = [gm.get_parameter(name) for name in sampler.crossed]
+    with torch.enable_grad():
+        for _ in range(draws):
+            for weight, drawn in zip(sampler.kept, sampler(*weights), strict=True):
+                totals[weight] += len(drawn)
+    sampler.load_sampler_state(before)
+    return {weight: total / draws for weight, total in totals.items()}
+
+
+def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:
+    """Where the weight or the bias of these calls gets a gradient that is not confined to their row set, if it does."""
+    parameters = {id(p) for call in calls for p in map(partial(parameter_of, gm), call.args[1:3]) if p is not None}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            shared = any(id(p) in parameters for p in gm.get_submodule(str(node.target)).parameters())
+        else:
+            shared = any(id(parameter_of(gm, n)) in parameters for n in node.all_input_nodes)
+        if shared and node not in calls:
+            return f"{node.name} uses its weight or bias too"
+    return ""
+
+
+def _paths(weight: str) -> list[str]:
+    """A weight's name and those of all modules that it lies in."""
+    parts = weight.split(".")
+    return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
+
+
+def _matches(weight: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(n, p) for n in _paths(weight) for p in patterns)
+
+
+def _needs_gradient(gm: GraphModule, node: Any) -> bool:
+    """Whether anything before ``node`` is trained, so that a backward pass goes on through it."""
+    seen, queue = set(), [node] if isinstance(node, Node) else []
+    while queue:
+        at = queue.pop()
+        if at.op == "call_module":
+            parameters: Iterable[Any] = gm.get_submodule(str(at.target)).parameters()
+        else:
+            parameter = parameter_of(gm, at)
+            parameters = [] if parameter is None else [parameter]
+        if any(p.requires_grad for p in parameters):
+            return True
+        queue += [n for n in at.all_input_nodes if n not in seen]
+        seen.update(at.all_input_nodes)
+    return False
