@@ -2,11 +2,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
 import rwfx
+from rwfx import native
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -23,8 +25,15 @@ def modules():
 
 
 def test_the_build_names_every_package():
-    in_tree = {name.rpartition(".")[0] if "." in name else name for name in modules()}
-    assert set(PACKAGES) == {name for name in in_tree if name.startswith("rwfx")}
+    in_tree = {path.parent.relative_to(ROOT) for folder in ("rwfx", "passes") for path in (ROOT / folder).rglob("*.py")}
+    names = {".".join(path.parts) for path in in_tree}
+    assert set(PACKAGES) == {"rwfx.passes" if name == "passes" else name for name in names}
+
+
+def test_the_build_takes_the_sources_of_the_kernels():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["rwfx.native"]
+    for name in (*native.SOURCES, *native.HEADERS):
+        assert any(fnmatchcase(name, pattern) for pattern in patterns), name
 
 
 def test_passes_are_one_package_reached_by_a_link():

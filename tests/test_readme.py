@@ -1,6 +1,6 @@
-import contextlib
-import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -8,10 +8,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 def test_the_first_example_prints_what_it_says():
     code, output = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL).groups()
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    assert printed.getvalue() == output
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == output
 
 
 def test_every_picture_and_file_that_it_links_to_is_there():

@@ -294,7 +294,9 @@ def peak_after(before, step):
 
 @pytest.mark.skipif(not memory.PROC.exists(), reason="reads /proc")
 def test_memory_is_measured_for_every_contender_and_told_beside_the_dense_one(tmp_path):
-    text = memory.run(plan(tmp_path, sizes=(dataclasses.replace(SMALL, num_paths=(2,)),)), progress=False)
+    sizes = (dataclasses.replace(SMALL, num_paths=(2,)),)
+    options = {"transform_options": {"break_even": False}}
+    text = memory.run(plan(tmp_path, sizes=sizes, **options), progress=False)
     dense, sparse = lines_of(tmp_path / "memory.csv")
     assert list(dense) == [column.name for column in dataclasses.fields(Memory)]
     assert (dense["contender"], sparse["contender"], sparse["num_paths"]) == ("dense", "sparse", "2")

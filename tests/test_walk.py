@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from zoo import ZOO, Gated, Heads, Residual, make
 import rwfx
 from rwfx.ops.walk import bits, draw_features, mix, pack_stations, unpack_stations
 from rwfx.ops.walk import uniform as uniform_numbers
+from rwfx.ops.walk import walk as walk_op
 from rwfx.walk import stations_of
 
 WALKS = 40_000
@@ -219,21 +222,10 @@ def test_the_number_of_tensor_calls_does_not_grow_with_walks_or_rows():
     assert calls[0] == calls[1] == calls[2]
 
 
-def test_opcheck():
-    model = make(Residual)
-    sparse = rwfx.transform(model, num_paths=3)
-    sampler = sparse._sampler
-    seen = []
-
-    class Catch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.rwfx.walk.default:
-                seen.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Catch():
-        sampler(*[model.get_parameter(name).detach() for name in sampler.crossed])
-    torch.library.opcheck(torch.ops.rwfx.walk.default, seen[0])
+@pytest.mark.parametrize("options", [{"num_paths": 3}, {"density": 0.4}], ids=str)
+def test_opcheck(options):
+    sparse = rwfx.transform(make(Residual), **options)
+    torch.library.opcheck(torch.ops.rwfx.walk.default, arguments_of_walk(sparse))
 
 
 def test_stations_survive_packing():
@@ -288,3 +280,100 @@ def test_a_model_that_is_cast_keeps_its_graph(dtype):
     sparse = rwfx.transform(model, num_paths=200, min_rows=0).to(dtype)
     sparse(torch.randn(2, 4, dtype=dtype))
     assert sparse.rows["block.weight"].tolist() == [501]
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a number, or a shape that depends on numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "unique2"), func
+        if func is torch.ops.aten.index.Tensor:
+            assert all(i is None or i.dtype != torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def arguments_of_walk(sparse):
+    """The arguments that a transformed model's sampler calls its operator with."""
+    seen = []
+
+    class Catch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.rwfx.walk.default:
+                seen.append(args)
+            return func(*args, **(kwargs or {}))
+
+    sampler = sparse._sampler
+    with Catch():
+        sampler(*[sparse.get_parameter(name).detach() for name in sampler.crossed])
+    return seen[0]
+
+
+@pytest.mark.parametrize("resample_every", [1, 3])
+def test_with_a_density_nothing_is_read_back_from_the_device(resample_every):
+    sparse = rwfx.transform(make(Residual), density=0.3, epsilon=0.1, seed=3, resample_every=resample_every)
+    arguments = arguments_of_walk(sparse)
+    with NothingReadBack():
+        walk_op(*arguments)
+    arguments = arguments_of_walk(rwfx.transform(make(Residual), num_paths=3, seed=3))
+    with pytest.raises(AssertionError), NothingReadBack():
+        walk_op(*arguments)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("num_paths", [None, 1, 500])
+@pytest.mark.parametrize("kind", [Residual, Heads])
+def test_with_a_density_every_row_set_has_its_share_of_distinct_sorted_rows(kind, density, num_paths):
+    model = make(kind)
+    sparse = rwfx.transform(model, num_paths, density=density, seed=2)
+    args, kwargs = model.inputs()
+    drawn = set()
+    for _ in range(5):
+        sparse(*args, **kwargs)
+        for name, rows in sparse.rows.items():
+            size = len(model.get_parameter(name))
+            assert len(rows) == math.ceil(density * size)
+            assert torch.equal(rows, rows.unique())
+            assert 0 <= rows.min() <= rows.max() < size
+        drawn.add(str(sparse.rows))
+    assert len(drawn) > 1 or density == 1.0
+
+
+def test_with_a_density_the_rows_are_those_that_the_first_walks_come_by():
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 50))
+    graph, weights = rwfx.weight_graph(model), dict(model.named_parameters())
+    for seed in range(20):
+        sparse = rwfx.transform(model, 60, density=0.25, seed=seed)
+        sparse(torch.randn(2, 30))
+        walks = rwfx.random_walks(graph, weights, 60, seed=seed)
+        for column, (name, count) in enumerate({"0.weight": 10, "1.weight": 13}.items()):
+            first = list(dict.fromkeys(walks[:, column].tolist()))[:count]
+            assert sparse.rows[name].tolist() == sorted(first)
+
+
+def test_with_a_density_a_compiled_model_has_fixed_shapes():
+    seen = []
+
+    def backend(gm, example_inputs):
+        values = [node.meta.get("example_value") for node in gm.graph.nodes]
+        shapes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+        seen.extend(type(size) for size in shapes)
+        return gm.forward
+
+    model = make(Residual)
+    for options in ({"density": 0.3}, {"num_paths": 3}):
+        torch._dynamo.reset()
+        seen.clear()
+        compiled = torch.compile(rwfx.transform(model, **options), backend=backend, fullgraph=True)
+        compiled(*model.inputs()[0])
+        assert (set(seen) == {int}) == ("density" in options)
+
+
+def test_row_sets_are_kept_for_as_many_steps_as_asked_for():
+    for options in ({"num_paths": 4}, {"density": 0.2}):
+        sparse = rwfx.transform(make(Residual), resample_every=3, seed=1, **options)
+        drawn = []
+        for _ in range(12):
+            sparse(torch.randn(2, 12, dtype=torch.float64))
+            drawn.append(str(sparse.rows))
+        assert all(drawn[k] == drawn[k - k % 3] for k in range(12))
+        assert len(set(drawn)) == 4

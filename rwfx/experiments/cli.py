@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,13 @@ from rwfx.experiments.speed import run as speed
 from rwfx.experiments.speed.plan import DTYPES, PARTS, SIZES, Plan, Size, read_parts, read_size
 from rwfx.train import OPTIMIZERS
 
-TRANSFORM_OPTIONS = {"temperature": float, "epsilon": float, "min_rows": int, "dx": str}
+TRANSFORM_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "temperature": float,
+    "epsilon": float,
+    "min_rows": int,
+    "dx": str,
+    "break_even": lambda text: on_or_off(text),
+}
 """The arguments of ``rwfx.transform`` that a command hands on, and their types."""
 
 
@@ -60,6 +66,13 @@ def parts(text: str) -> tuple[str, ...]:
         return read_parts(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def on_or_off(text: str) -> bool:
+    """Read ``on`` or ``off``."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"on or off; given {text!r}")
+    return text == "on"
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
