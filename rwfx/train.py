@@ -54,7 +54,7 @@ class RandomWalkTrainer:
     Args:
         model: any model that ``rwfx.transform`` takes; in mode ``"full"``, any model.
         mode: a key of ``MODES``.
-        num_paths: walks a step; mode ``"full"`` has none.
+        num_paths: walks a step, by default as in ``rwfx.transform``; mode ``"full"`` has none.
         optimizer: a key of ``OPTIMIZERS``, or a function from the list of parameters to an ``Optimizer`` (one
             that takes row gradients, unless the mode is ``"full"`` or ``grad="dense"`` is among the options).
         lr: the learning rate of an optimizer given by name.
@@ -78,7 +78,7 @@ class RandomWalkTrainer:
         self,
         model: nn.Module,
         mode: str = "rw_sparse",
-        num_paths: int = 50,
+        num_paths: int | None = None,
         *,
         optimizer: str | Callable[[list[nn.Parameter]], Optimizer] = "adam",
         lr: float = 1e-3,
@@ -94,8 +94,8 @@ class RandomWalkTrainer:
         **transform_options: Any,
     ) -> None:
         _check_choice("mode", mode, MODES)
-        _check_counts(num_paths=num_paths, epochs=epochs)
-        _check_counts(optional=True, checkpoint_every=checkpoint_every, eval_every=eval_every)
+        _check_counts(epochs=epochs)
+        _check_counts(optional=True, num_paths=num_paths, checkpoint_every=checkpoint_every, eval_every=eval_every)
         if isinstance(optimizer, str) or not callable(optimizer):
             _check_choice("optimizer", optimizer, OPTIMIZERS, "or a function from parameters to an Optimizer")
         if not isinstance(model, nn.Module):
@@ -114,7 +114,8 @@ class RandomWalkTrainer:
         self.network, namesakes, fused = self.model, torch.optim, {"fused": True}
         if (how := MODES[mode]) is not None:
             options = {"grad": "rows", **transform_options}
-            self.network = transform(self.model, num_paths, mode=how, seed=seed, **options)
+            self.network = sparse_model = transform(self.model, num_paths, mode=how, seed=seed, **options)
+            num_paths = sparse_model.settings["num_paths"]
             namesakes, fused = rwfx.optim, {}
         if isinstance(optimizer, str):
             self.optimizer = getattr(namesakes, OPTIMIZERS[optimizer])(parameters, lr=lr, **fused)
