@@ -242,9 +242,9 @@ def test_the_history_as_csv_is_the_history(tmp_path):
     [
         ({"mode": "sparse"}, "mode must be one of 'rw_sparse', 'rw_masked', 'full'; given 'sparse'"),
         ({"mode": None}, "given None"),
-        ({"num_paths": 0}, "num_paths must be a whole number from 1; given 0"),
-        ({"num_paths": "50"}, "num_paths must be a whole number from 1; given '50'"),
-        ({"num_paths": True}, "num_paths must be a whole number from 1; given True"),
+        ({"num_paths": 0}, "num_paths must be a whole number from 1 or None; given 0"),
+        ({"num_paths": "50"}, "num_paths must be a whole number from 1 or None; given '50'"),
+        ({"num_paths": True}, "num_paths must be a whole number from 1 or None; given True"),
         ({"epochs": 0}, "epochs must be a whole number from 1; given 0"),
         ({"eval_every": -1}, "eval_every must be a whole number from 1 or None; given -1"),
         ({"checkpoint": "x", "checkpoint_every": 0.5}, "checkpoint_every must be a whole number from 1 or"),
