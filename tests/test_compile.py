@@ -2,13 +2,16 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from oracles import to_dense
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from zoo import ZOO, Heads, Modules, Residual, loss_of, make
 
 import rwfx
+from rwfx import native
 
 
 def assert_compiles(model, backend, steps, grad="rows", **options):
@@ -109,3 +112,25 @@ def test_without_fullgraph_it_is_one_graph_too():
         loss_of(compiled(*model.inputs()[0])).backward()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_the_compiler_sees_the_forward_products_and_one_operator_a_backward_call():
+    forward, backward = [], []
+
+    def collect(into):
+        def compiler(gm, example_inputs):
+            into.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+            return make_boxed_func(gm.forward)
+
+        return compiler
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    backend = aot_autograd(fw_compiler=collect(forward), bw_compiler=collect(backward))
+    compiled = torch.compile(rwfx.transform(model, num_paths=3, grad="rows"), backend=backend, fullgraph=True)
+    compiled(torch.randn(5, 8)).sum().backward()
+    assert forward.count("aten.addmm.default") == 3
+    assert [target for target in forward if "rwfx" in target] == ["rwfx.walk.default"]
+    if native.ready():
+        assert backward.count("rwfx.row_linear_backward.default") == 3
+        assert not [target for target in backward if "mm" in target or "threshold" in target]
+    assert all(p.grad.is_sparse for p in model.parameters())
