@@ -377,3 +377,18 @@ def test_row_sets_are_kept_for_as_many_steps_as_asked_for():
             drawn.append(str(sparse.rows))
         assert all(drawn[k] == drawn[k - k % 3] for k in range(12))
         assert len(set(drawn)) == 4
+
+
+def test_walks_cross_a_weight_of_integers():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 3)
+            self.fixed = nn.Parameter(torch.tensor([[0, 5, 0], [0, -2, 0]]), requires_grad=False)
+
+        def forward(self, x):
+            return F.linear(self.first(x).long(), self.fixed)
+
+    sparse = rwfx.transform(Model(), num_paths=3, min_rows=0)
+    sparse(torch.randn(2, 4))
+    assert sparse.rows["first.weight"].tolist() == [1]

@@ -6,6 +6,7 @@
 
 #include "rows.h"
 
+#include <ATen/ops/abs.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -145,6 +146,13 @@ class Row {
   double power_, largest_ = 1, total_ = 0;
   std::vector<double>& block_sums_;
 };
+
+// A weight of a dtype that rows are read in; integers and complex numbers count by their absolute value.
+Tensor readable(const Tensor& weight) {
+  const at::ScalarType dtype = weight.scalar_type();
+  const bool real = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
+  return real ? weight.contiguous() : at::abs(weight).to(at::kDouble).contiguous();
+}
 
 // Give every walker, ordered by row, its next feature.
 template <typename scalar_t>
@@ -361,7 +369,7 @@ std::vector<Tensor> walk(
       continue;  // every walk ends here: what feature it would leave by is of no use
     }
     features.resize(walkers.size());
-    const Tensor weight = weights[station.weight].contiguous();
+    const Tensor weight = readable(weights[station.weight]);
     RWFX_DISPATCH(weight.scalar_type(), "rwfx::walk", [&] {
       draw_features<scalar_t>(weight, walkers, station.base, s, temperature, epsilon, uniform, features);
     });
