@@ -7,7 +7,7 @@ stay as they are.
 """
 
 import copy
-from typing import Any
+import operator
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def read_columns(gm: GraphModule) -> GraphModule:
     confined = GraphModule(gm, copy.deepcopy(gm.graph))
     calls = [node for node in confined.graph.nodes if node.target is ROW_LINEAR and node.args[4] == "rows"]
     for call in calls:
-        columns = _columns(confined, call.args[0])
+        columns = _columns(confined, call)
         if columns is None:
             continue
         call.kwargs = {**call.kwargs, "columns": columns}
@@ -72,9 +72,15 @@ def read_columns(gm: GraphModule) -> GraphModule:
     return confined
 
 
-def _columns(gm: GraphModule, at: Any) -> Node | None:
-    """The row set that holds every column of the gradient of ``at`` that is read; None: all may be."""
+def _columns(gm: GraphModule, call: Node) -> Node | None:
+    """The row set that holds every column that is read of the gradient of the call's input; None: all may be."""
+    at, between = call.args[0], call.prev
     while isinstance(at, Node):
+        # What changes a value under the hands of its readers is in the way too, whether or not its result is used.
+        while between is not at:
+            if _in_place(gm, between) and not _is_pointwise(gm, between):
+                return None
+            between = between.prev
         if at.target is ROW_LINEAR:
             return at.args[3] if at.args[4] == "rows" else None  # type: ignore[return-value]
         if not _is_pointwise(gm, at):
@@ -102,16 +108,41 @@ def _activation(gm: GraphModule, node: Node, reader: Node) -> str:
     """The name of the activation that ``node`` is and that only ``reader`` reads; else empty."""
     if list(node.users) != [reader] or len(node.all_input_nodes) != 1:
         return ""
-    options = dict(node.kwargs)
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         name = ACTIVATION_MODULES.get(type(module), "")
-        in_place = getattr(module, "inplace", False)
         plain = getattr(module, "approximate", "none") == "none"
     else:
         name = bare_name(node.target)
-        in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or options.pop("inplace", False)
-        plain = len(node.args) + len(options) == 1  # not gelu(x, approximate="tanh"), nor relu(x, True)
-    # In place it would change what others read.
-    readable = not in_place or list(node.all_input_nodes[0].users) == [node]
-    return name if name in ACTIVATIONS and plain and readable else ""
+        # Not gelu(x, approximate="tanh"), nor relu(x, True).
+        plain = len(node.args) + len(node.kwargs.keys() - {"inplace"}) == 1
+    # Computed by its reader, it is computed later. Where others hold its input, also as a view under another name, they
+    # may change that until then, and in place it would change what they read.
+    movable = _alone(node) or (not _in_place(gm, node) and _next_call(node) is reader)
+    return name if name in ACTIVATIONS and plain and movable else ""
+
+
+def _in_place(gm: GraphModule, node: Node) -> bool:
+    """Whether ``node`` writes to its input."""
+    if node.op == "call_module":
+        return bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
+    name = str(getattr(node.target, "__name__", node.target))
+    augmented = getattr(operator, name, None) is node.target and name.startswith("i")  # operator.iadd is +=
+    return bool(node.kwargs.get("inplace") or "out" in node.kwargs or name.endswith("_") or augmented)
+
+
+def _alone(node: Node) -> bool:
+    """Whether nothing but ``node`` reads what lies between it and the row-sparse call that feeds it."""
+    while node.target is not ROW_LINEAR:
+        (node,) = node.all_input_nodes
+        if len(node.users) > 1:
+            return False
+    return True
+
+
+def _next_call(node: Node) -> Node:
+    """What runs right after ``node``."""
+    node = node.next
+    while node.op == "get_attr":
+        node = node.next
+    return node
