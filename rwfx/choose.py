@@ -62,30 +62,32 @@ def weigh(
     rows: Mapping[str, str],
     sampler: RowSampler,
     lines: Sequence[Line],
+    graph: WeightGraph,
     shapes: Mapping[str, torch.Size] | None,
     model: CostModel,
 ) -> tuple[Line, ...]:
     """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
 
     ``gm`` is the model with every weight of ``rows`` made row-sparse, ``rows`` the names of the row sets' nodes, and
-    ``sampler`` what draws them.
+    ``sampler`` what draws them. ``graph`` and ``shapes`` are of the model before that.
     """
     kept = _expected_rows(gm, sampler)
     weight_at = {node: weight for weight, node in rows.items()}
-    calls: dict[str, list[tuple[str, str]]] = {}  # per weight: name, and the weight whose rows are the columns read
+    sources: dict[str, list[str]] = {}  # per weight: those whose rows are the columns read, call by call
     for node in gm.graph.nodes:
         if node.target is ROW_LINEAR:
             columns = str(node.kwargs.get("columns", ""))
-            calls.setdefault(weight_at[str(node.args[3])], []).append((node.name, weight_at.get(columns, "")))
+            if columns in weight_at:
+                sources.setdefault(weight_at[str(node.args[3])], []).append(weight_at[columns])
     candidates = []
     for line in lines:
         if line.dense_because:
             continue
-        own = calls[line.weight]
-        batch = max(shapes[name].numel() // line.rows for name, _ in own) if shapes else model.batch_size
-        sources = tuple(source for _, source in own if source)
+        nodes = [use.node for use in graph.uses if use.weight == line.weight]
+        batch = max(shapes[node].numel() // line.rows for node in nodes) if shapes else model.batch_size
         shape = line.rows, line.features, kept[line.weight]
-        candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, sources))
+        read = tuple(sources.get(line.weight, ()))
+        candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, read))
     crossed = sum(gm.get_parameter(name).shape[1] for name in sampler.crossed)
     paying = model.paying(candidates, model.sampler(sampler.options.num_paths, crossed))
     alone = {of.weight: model.costs(of, {}) for of in candidates}

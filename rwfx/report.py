@@ -117,7 +117,7 @@ class Report:
                 f"multiply-adds of the linear calls, per input: {flops.total // 2:,} of {flops.dense_total // 2:,} "
                 f"({flops.share:.1%}); backward {flops.backward // 2:,} of {flops.dense_backward // 2:,}"
             )
-        else:
+        elif self.sparse:
             text.append("no training forward yet: no rows drawn")
         if self.predicted:
             text.append(

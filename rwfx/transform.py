@@ -127,7 +127,7 @@ def transform(
     sparse_gm, rows, sampler = rewritten(kept)
     costs = _cost_model(break_even, device.type, mode)
     if costs is not None:
-        lines = weigh(sparse_gm, rows, sampler, lines, shapes, costs)
+        lines = weigh(sparse_gm, rows, sampler, lines, graph, shapes, costs)
         paying = [line.weight for line in lines if not line.dense_because]
         if paying != kept:
             sparse_gm, rows, sampler = rewritten(paying)
@@ -154,10 +154,12 @@ def transform(
 
 
 def _cost_model(break_even: bool | CostModel, device: str, mode: str) -> CostModel | None:
+    if mode != "sparse":  # masking saves nothing, whatever the weight
+        return None
     if isinstance(break_even, CostModel):
         return break_even
     # Measured for a CPU alone: elsewhere only the caller can say.
-    return CostModel() if break_even and device == "cpu" and mode == "sparse" else None
+    return CostModel() if break_even and device == "cpu" else None
 
 
 def _common_seed() -> int:
