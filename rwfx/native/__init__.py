@@ -45,8 +45,8 @@ def ready() -> bool:
     except Exception as error:  # a compiler can fail in any way, and nothing may depend on it
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(
-            f"rwfx runs without its CPU kernels, which could not be compiled: {reason[-1]}. Training is slower and "
-            "otherwise the same. They need a C++ compiler (g++ or clang++); RWFX_NATIVE=0 leaves them out.",
+            f"rwfx runs without its CPU kernels, which could not be compiled or loaded: {reason[-1]}. Training is "
+            "slower and otherwise the same. They need a C++ compiler (g++ or clang++); RWFX_NATIVE=0 leaves them out.",
             stacklevel=2,
         )
         return False

@@ -251,6 +251,8 @@ def draw_features(
     size_PI = weight.detach().index_select(0, rows_P).abs()
     if size_PI.dtype in (torch.float16, torch.bfloat16):
         size_PI = size_PI.float()
+    elif not size_PI.is_floating_point():
+        size_PI = size_PI.double()
     if temperature != 1.0:
         # Divided by the row's largest first: the power of a large weight would overflow.
         size_PI = (size_PI / size_PI.amax(1, keepdim=True)) ** (1 / temperature)

@@ -82,6 +82,8 @@ def step_dense_and_rows(
                     left.append((w, group))
             for group, w in fast.values():
                 one_pass(w, group, optimizer.state, 1.0 if grad_scale is None else float(grad_scale))
+                # So that autograd refuses to go back through a weight that is not the one of its forward pass.
+                torch.autograd.graph.increment_version(w)
             for group, (w, rows, g) in batches(left):
                 update_rows(w, rows, to_descend(w, g, group, grad_scale), group, optimizer.state)
     return loss
