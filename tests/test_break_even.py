@@ -82,6 +82,8 @@ def test_weights_that_do_not_pay_the_sampler_together_are_all_dropped():
     assert model.paying(both, 15.9).keys() == {"a", "b"}
     assert model.paying(both, 16) == {}
     assert model.paying([], 0) == {}
+    even = Candidate("even", 4, 4, 4, 1, 0, 1)  # with every row kept, 32 either way: nothing is gained
+    assert model.paying([*both, even], 0).keys() == {"a", "b"}
 
 
 def test_what_is_measured_is_above_zero_and_of_the_batch_given():
