@@ -106,14 +106,21 @@ def weigh(
 
 
 def _expected_rows(gm: GraphModule, sampler: RowSampler, draws: int = 3) -> dict[str, float]:
-    """The mean size of each weight's row set over a few draws, after which the sampler is as before."""
-    before = sampler.sampler_state()
+    """The mean size of each weight's row set over a few draws of walks that step uniformly.
+
+    Uniformly, and always from one seed: then it is the architecture that decides which weights are row-sparse, and not
+    the values that they have at the time, so that a resumed run and every rank decide alike.
+    """
+    before, options = sampler.sampler_state(), sampler.options
     totals = dict.fromkeys(sampler.kept, 0)
     weights = [gm.get_parameter(name) for name in sampler.crossed]
+    sampler.options = replace(options, epsilon=1.0, resample_every=1)
+    sampler.state.zero_()
     with torch.enable_grad():
         for _ in range(draws):
             for weight, drawn in zip(sampler.kept, sampler(*weights), strict=True):
                 totals[weight] += len(drawn)
+    sampler.options = options
     sampler.load_sampler_state(before)
     return {weight: total / draws for weight, total in totals.items()}
 

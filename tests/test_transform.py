@@ -338,3 +338,28 @@ def test_a_weight_with_another_gradient_stays_dense_where_gradients_are_rows():
     assert set(sparse.rows) == {"enc.weight", "mid.weight", "other.weight"}
     with pytest.raises(ValueError, match="uses its weight or bias too"):
         rwfx.transform(model, grad="rows")
+
+
+def test_the_sampler_state_of_a_model_with_as_many_rows_in_other_weights_is_refused():
+    def transformed(first, second):
+        model = nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 3))
+        sparse = rwfx.transform(model, num_paths=400, resample_every=4, seed=1)
+        sparse(torch.randn(2, 4))
+        return sparse
+
+    a, b = transformed(5, 90), transformed(90, 5)
+    before = b.sampler_state()
+    with pytest.raises(ValueError, match="another model"):
+        b.load_sampler_state(a.sampler_state())
+    assert all(torch.equal(b.sampler_state()[name], before[name]) for name in before)
+
+
+def test_the_choice_of_weights_does_not_depend_on_their_values():
+    model = nn.Sequential(nn.Linear(256, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10))
+    at_first = rwfx.transform(model, 400, break_even=rwfx.CostModel(), seed=0)
+    with torch.no_grad():
+        for layer in (model[2], model[4]):
+            layer.weight[:, 20:] *= 1e-3
+    later = rwfx.transform(model, 400, break_even=rwfx.CostModel(), seed=7)
+    assert at_first.report.sparse == later.report.sparse
+    later.load_sampler_state(at_first.sampler_state())

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -36,8 +37,8 @@ def ready() -> bool:
     """
     if not wanted():
         return False
-    library = _library()
     try:
+        library = _library()
         if not library.exists():
             print(f"rwfx: compiling its CPU kernels, once for this machine, into {library.parent}", file=sys.stderr)
             _build(library)
@@ -55,8 +56,9 @@ def ready() -> bool:
 
 def load_if_built() -> None:
     """Load the kernels where an earlier run has compiled them."""
-    if wanted() and _library().exists():
-        ready()
+    with suppress(OSError, RuntimeError):  # no home directory, or none that can be read: ready() will say so
+        if wanted() and _library().exists():
+            ready()
 
 
 def wanted() -> bool:

@@ -141,6 +141,15 @@ struct Adam {
   }
 };
 
+// What a caller must have seen to: here a mistake would write past the end.
+void check(const Tensor& w, const TensorList& state, const Tensor* step) {
+  for (const Tensor& of : state) {
+    TORCH_CHECK(of.sizes() == w.sizes() && of.is_contiguous(), "a state of shape ", of.sizes(), " for ", w.sizes(), ".");
+  }
+  const bool counts = !step || step->dim() == 0 || (step->dim() == 1 && step->size(0) == w.size(0));
+  TORCH_CHECK(w.is_contiguous() && counts, "a parameter that is not contiguous, or steps of another.");
+}
+
 void adam_rows_(
     TensorList ws,
     TensorList exp_avgs,
@@ -156,6 +165,9 @@ void adam_rows_(
     bool decoupled_weight_decay,
     bool maximize,
     double grad_scale) {
+  for (size_t p = 0; p < ws.size(); ++p) {
+    check(ws[p], {exp_avgs[p], exp_avg_sqs[p], max_exp_avg_sqs.empty() ? exp_avgs[p] : max_exp_avg_sqs[p]}, &steps[p]);
+  }
   const Adam adam{lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, grad_scale};
   for (size_t p = 0; p < ws.size(); ++p) {
     const RowGradient grad(grads[p]);
@@ -224,6 +236,9 @@ void sgd_rows_(
     double grad_scale) {
   const SGD sgd{lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale};
   const bool plain = momentum_buffers.empty();
+  for (size_t p = 0; p < ws.size(); ++p) {
+    check(ws[p], {plain ? ws[p] : momentum_buffers[p]}, plain ? nullptr : &steps[p]);
+  }
   for (size_t p = 0; p < ws.size(); ++p) {
     const RowGradient grad(grads[p]);
     const Steps count = plain ? Steps() : Steps(steps[p]);

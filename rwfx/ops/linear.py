@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rwfx.ops.inductor import let_inductor_compare_sparse
 from rwfx.ops.row_gradient import pack_rows, row_gradient, take_rows
@@ -151,6 +150,11 @@ class _Linear(torch.autograd.Function):
         return _product(a, weight, bias, dtype)
 
     @staticmethod
+    def check_first_order():
+        if torch.is_grad_enabled():
+            raise RuntimeError("rwfx::row_linear has no second derivative: leave create_graph=True out.")
+
+    @staticmethod
     def through_activation(ctx, da_BI, activated_BI):
         da_BI = da_BI.to(ctx.x_dtype)
         return ctx.activation.backward(da_BI, activated_BI) if ctx.activation else da_BI
@@ -168,8 +172,8 @@ class _Linear(torch.autograd.Function):
 
 class _RowLinear(_Linear):
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        _Linear.check_first_order()
         a, activated, weight, rows, columns = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
         num_rows = g.shape[-1]
@@ -205,8 +209,8 @@ class _RowLinear(_Linear):
 
 class _MaskedLinear(_Linear):
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        _Linear.check_first_order()
         x, _, weight, rows, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
         num_rows = g.shape[-1]

@@ -66,7 +66,7 @@ def step_dense_and_rows(
             loss = closure()
     by_row, dense = parameters_by_row(optimizer)
     # Beside row gradients, the dense ones take part in the same call; alone, they are the namesake's.
-    if by_row and (not dense or all(has_one_pass(w, group) for w, group in dense)):
+    if by_row and (not dense or all(has_one_pass(w, group, optimizer.state) for w, group in dense)):
         by_row += dense
     else:
         with_gradients_hidden(by_row, optimizer, dense_step)
@@ -76,7 +76,7 @@ def step_dense_and_rows(
             fast: dict[int, tuple[Group, list[Tensor]]] = {}
             left = []
             for w, group in by_row:
-                if has_one_pass(w, group):
+                if has_one_pass(w, group, optimizer.state):
                     fast.setdefault(id(group), (group, []))[1].append(w)
                 else:
                     left.append((w, group))
@@ -114,7 +114,9 @@ def parameters_by_row(optimizer: Optimizer) -> tuple[list[tuple[Tensor, Group]],
         for position, w in enumerate(group["params"]):
             if w.grad is None:
                 continue
-            if w.grad.layout in SPARSE_LAYOUTS or has_row_state(optimizer.state.get(w, {})):
+            state = optimizer.state.get(w, {})
+            check_state(w, state, f"parameter {position} of group {number}")
+            if w.grad.layout in SPARSE_LAYOUTS or has_row_state(state):
                 check_by_row(w, group, f"parameter {position} of group {number}")
                 by_row.append((w, group))
             else:
@@ -140,6 +142,16 @@ def check_by_row(w: Tensor, group: Group, which: str) -> None:
         )
 
 
+def check_state(w: Tensor, state: dict[str, Any], which: str) -> None:
+    """Raise ``ValueError`` where the state is that of another parameter: ``load_state_dict`` does not look."""
+    for name, of in state.items():
+        if isinstance(of, Tensor) and of.dim() and of.shape != (w.shape[:1] if name == "step" else w.shape):
+            raise ValueError(
+                f"{which}, of shape {tuple(w.shape)}, has a state {name!r} of shape {tuple(of.shape)}: it was loaded "
+                "from an optimizer of other parameters, or of the same in another order."
+            )
+
+
 def has_row_state(state: dict[str, Any]) -> bool:
     """Whether each row counts its own updates."""
     return "step" in state and state["step"].dim() == 1
@@ -154,11 +166,13 @@ def overflowed(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def has_one_pass(w: Tensor, group: Group) -> bool:
-    """Whether the kernels of ``rwfx.native`` take ``w``: on a CPU, contiguous, of one real dtype with its gradient."""
+def has_one_pass(w: Tensor, group: Group, states: States) -> bool:
+    """Whether the kernels of ``rwfx.native`` take ``w``: on a CPU, contiguous, of one real dtype with its own."""
     grad = w.grad
     assert grad is not None
-    fits = w.is_cpu and w.dtype == grad.dtype and w.dtype in ONE_PASS_DTYPES and w.is_contiguous() and w.dim() > 0
+    fits = w.is_cpu and w.dtype in ONE_PASS_DTYPES and w.is_contiguous() and w.dim() > 0
+    own = [grad, *[x for name, x in states.get(w, {}).items() if name != "step" and isinstance(x, Tensor)]]
+    fits = fits and all(x.dtype == w.dtype for x in own)
     return fits and not group["differentiable"] and not group.get("capturable") and native.ready()
 
 
@@ -223,8 +237,9 @@ def row_state(w: Tensor, states: States, *moments: str) -> dict[str, Any]:
         step = torch.tensor(float(state.get(moments[0]) is not None), dtype=torch.float32)
     if step.dim() == 0 and w.grad is not None and w.grad.layout != torch.strided:
         step = torch.zeros(len(w), device=w.device, dtype=torch.float32).add_(step)
-    # load_state_dict moves the moments to w's device, and leaves step where it was saved.
-    state["step"] = step if step.dim() == 0 or step.device == w.device else step.to(w.device)
+    # load_state_dict moves the moments to w's device, and leaves step where it was saved. torch.optim counts in the
+    # default dtype, the kernels in float32.
+    state["step"] = step.to(w.device if step.dim() else step.device, torch.float32)
     for name in moments:
         of = state.get(name)
         if of is None:

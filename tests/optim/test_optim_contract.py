@@ -483,3 +483,41 @@ def test_after_its_first_a_step_makes_nothing_larger_than_the_row_gradient(name,
         optimizer.step()
     # The compiled kernels make nothing at all that a mode could see.
     assert (0 if native.ready() else 1) <= largest.elements <= 3 * 32
+
+
+@every_name
+def test_a_state_of_other_parameters_is_an_error_before_anything_is_changed(name):
+    def stepped(parameters):
+        optimizer = ours(name, parameters, **({"momentum": 0.9} if name == "SGD" else {}))
+        for w in parameters:
+            w.grad = row_gradient([1], torch.randn(w.shape))
+        optimizer.step()
+        return optimizer
+
+    shapes = (6, 5), (6,)
+    theirs = stepped([torch.nn.Parameter(torch.ones(shape)) for shape in reversed(shapes)])
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = stepped(parameters)
+    optimizer.load_state_dict(theirs.state_dict())
+    before = [w.detach().clone() for w in parameters]
+    for w in parameters:
+        w.grad = row_gradient([2], torch.randn(w.shape))
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0, of shape \(6, 5\), has a state .* of shape \(6,\)"):
+        optimizer.step()
+    assert all(torch.equal(w, b) for w, b in zip(parameters, before, strict=True))
+
+
+@every_name
+def test_a_count_in_the_default_dtype_of_torch_is_gone_on_with(name):
+    torch.set_default_dtype(torch.float64)
+    try:
+        a, b = torch.nn.Parameter(torch.ones(4, 3)), torch.nn.Parameter(torch.ones(3))
+        optimizer = ours(name, [a, b], **({"momentum": 0.9} if name == "SGD" else {}))
+        a.grad, b.grad = torch.ones(4, 3), torch.ones(3)
+        optimizer.step()
+        a.grad = row_gradient([1, 2], torch.ones(4, 3))
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert a[0].eq(a[3]).all()
+    assert not a[0].eq(a[1]).any()

@@ -21,7 +21,7 @@ from rwfx.experiments.speed.plan import Plan, Size
 from rwfx.experiments.speed.turns import Spread, ratios
 from rwfx.experiments.tables import markdown, write_csv
 
-WIDTH = 64
+WIDTH = 256
 """Of the deep network that is transformed."""
 NUM_PATHS = 50
 """With which it is."""

@@ -14,6 +14,7 @@ numbers. A *step* is forward, backward and Adam. The *kinds* are
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +76,11 @@ def build(plan: Plan, size: Size, kind: str, num_paths: int | None) -> tuple[nn.
     return network, rwfx.optim.Adam(network.parameters())
 
 
-def sparsify(plan: Plan, model: nn.Module, num_paths: int, kind: str = "sparse") -> SparseModule:
+def sparsify(plan: Plan, model: nn.Module, num_paths: int, kind: str = "sparse", **options: Any) -> SparseModule:
     """Transform ``model`` as every part of a measurement does."""
     assert kind in ("masked", "sparse")
-    return transform(model, num_paths, mode=kind, grad="rows", seed=SEED, **plan.transform_options)
+    options = {**plan.transform_options, **options}
+    return transform(model, num_paths, mode=kind, grad="rows", seed=SEED, **options)
 
 
 def batch(plan: Plan, size: Size) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def check(plan: Plan) -> None:
     """Refuse, before any work, what would fail after some."""
     check_plan(plan)
     check_device(plan.device)
-    sparsify(plan, mlp((2, 2), SEED), 1)  # refuses an option of transform
+    sparsify(plan, mlp((2, 2), SEED), 1, break_even=False)  # refuses an option of transform
     if "memory" in plan.parts:
         memory.check_memory(plan)
     if "sampler" in plan.parts:

@@ -106,7 +106,7 @@ def _call(plan: Plan, what: str, network: nn.Module, num_paths: int) -> Call:
     if what == "read":
         weights = [parameter.detach() for parameter in network.parameters() if parameter.dim() == 2]
         return lambda: sum(weight.sum() for weight in weights)
-    return draw(sparsify(plan, network, num_paths))
+    return draw(sparsify(plan, network, num_paths, break_even=False))
 
 
 def series(timings: Sequence[Timing]) -> Series:
