@@ -358,7 +358,7 @@ def test_transforming_takes_turns_with_tracing(tmp_path):
     lines = lines_of(tmp_path / "build.csv")
     assert list(lines[0]) == [column.name for column in dataclasses.fields(Build)]
     assert [one["contender"] for one in lines] == 2 * ["dense", "sparse"]
-    assert cells_of(text)["network"] == "3 layers, 64 wide"
+    assert cells_of(text)["network"] == "3 layers, 256 wide"
     assert "Compiling was left out" in text
 
 
