@@ -13,13 +13,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-import rwfx.ops  # noqa: F401  defines the operator named below
 from rwfx.label_rules import bare_name
+from rwfx.ops.linear import ACTIVATIONS
 
 ROW_LINEAR = torch.ops.rwfx.row_linear.default
 
-# What row_linear can do itself, by bare name and by class.
-ACTIVATIONS = {"relu", "silu", "gelu", "tanh", "sigmoid"}
+# What row_linear can do itself, by class; by bare name it is ACTIVATIONS.
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.SiLU: "silu",
@@ -28,7 +27,7 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
 }
 # One number in, one number out, of one tensor and with nothing trained.
-POINTWISE = ACTIVATIONS | frozenset(
+POINTWISE = ACTIVATIONS.keys() | frozenset(
     name
     for names in (
         "relu6 leaky_relu rrelu elu selu celu mish hardswish hardsigmoid hardtanh hardshrink softshrink tanhshrink",

@@ -15,11 +15,9 @@ from zoo import ZOO, make
 import rwfx
 from rwfx import native
 from rwfx.ops import row_linear
-from rwfx.ops.linear import ACTIVATIONS as OPERATORS_ACTIVATIONS
-from rwfx.ops.linear import _RowLinear
+from rwfx.ops.linear import ACTIVATIONS, _RowLinear
 from rwfx.passes.normalize import normalize
-from rwfx.passes.read_columns import ACTIVATIONS as PASSES_ACTIVATIONS
-from rwfx.passes.read_columns import read_columns
+from rwfx.passes.read_columns import ACTIVATION_MODULES, read_columns
 from rwfx.passes.sample_rows import sample_rows
 from rwfx.passes.sparse_backward import sparse_backward
 from rwfx.walk import RowSampler, WalkOptions
@@ -76,7 +74,7 @@ def dense(activation, rows=None):
 
 
 def test_the_pass_knows_the_activations_of_the_operator():
-    assert set(FUNCTIONS) - {""} == set(OPERATORS_ACTIVATIONS) == PASSES_ACTIVATIONS
+    assert set(FUNCTIONS) - {""} == set(ACTIVATIONS) == set(ACTIVATION_MODULES.values())
 
 
 @every_activation

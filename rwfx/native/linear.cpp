@@ -331,7 +331,6 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         grad,
         ctx->saved_data["activation"].toStringRef(),
         ctx->saved_data["direct"].toBool());
-    const Tensor none;
     variable_list all(12);
     all[0] = dx;
     all[kept ? 3 : 1] = dw;

@@ -145,7 +145,7 @@ class _Linear(torch.autograd.Function):
         activated = (x if ctx.activation.of_input else a) if ctx.activation and x.requires_grad else None
         # Only what the backward pass reads.
         ctx.save_for_backward(a if trained else None, activated, weight if x.requires_grad else None, rows, columns)
-        ctx.dx, ctx.grad, ctx.x_dtype, ctx.dtype, ctx.direct = dx, grad, x.dtype, weight.dtype, direct
+        ctx.dx, ctx.grad, ctx.x_dtype, ctx.dtype = dx, grad, x.dtype, weight.dtype
         # Not an operator of ours, so that a compiler sees a product like any other.
         return _product(a, weight, bias, dtype)
 
@@ -229,7 +229,7 @@ class _MaskedLinear(_Linear):
         dx = dw = db = None
         if needs_x:
             g_x = g_BO if ctx.dx == "full" else g_BO.masked_fill(masked_O, 0)
-            dx = _Linear.through_activation(ctx, g_x @ weight.to(g.dtype), None)
+            dx = (g_x @ weight.to(g.dtype)).to(ctx.x_dtype)
         if needs_weight:
             dw = of_parameter(g_BO.t() @ x.reshape(-1, x.shape[-1]).to(g.dtype))
         if needs_bias:
