@@ -52,7 +52,7 @@ def train(model: nn.Module, steps: int, num_paths: int) -> Iterator[dict[str, Te
     """Train ``model`` and yield the row sets of each step."""
     x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
     x = x.float() / 16
-    sparse_model = rwfx.transform(model, num_paths, min_rows=0, seed=0, break_even=False)
+    sparse_model = rwfx.transform(model, rows=rwfx.RandomWalk(num_paths, min_rows=0), seed=0, break_even=False)
     optimizer = torch.optim.Adam(sparse_model.parameters(), lr=1e-3)
     for _ in range(steps):
         batch = torch.randint(len(x), (128,))

@@ -1,20 +1,36 @@
-"""Put the row sampler into the graph, so that every training forward draws its own row sets."""
+"""Put the row sampler into the graph, so that every training forward has its own row sets."""
 
 import copy
 import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
-from rwfx.walk import RowSampler
+from rwfx.draws import TopKSampler
+from rwfx.policies import AdaptiveWalk, LearnedWalk
+from rwfx.sampler import RowSampler
+from rwfx.walk import WalkSampler
 
 SAMPLER = "row_sampler"  # the name of the submodule
 
 
-def sample_rows(gm: GraphModule, sampler: RowSampler) -> tuple[GraphModule, dict[str, str]]:
+@dataclass(frozen=True)
+class RowNodes:
+    """What a sampler has in the graph for one weight."""
+
+    rows: str  # the node that is the row set
+    scale: str = ""  # the node of its rows' inverse probabilities
+    chosen: str = ""  # the buffer that a call writes its rows to, where it chooses them in the backward pass
+    seen: Mapping[str, str] = field(default_factory=dict)  # for each call the buffer that it writes what it sees to
+    seen_all: bool = True  # whether it is to see all rows, or its own
+
+
+def sample_rows(gm: GraphModule, sampler: RowSampler) -> tuple[GraphModule, dict[str, RowNodes]]:
     """Call ``sampler`` on its weights before anything else in the forward pass.
 
-    The outputs are unchanged; without a weight to draw for, so is the graph. Also returns, for each weight, the name of
-    the node that is its row set.
+    The outputs are unchanged; without a weight to draw for, so is the graph. Also returns, for each weight, what the
+    calls on it need.
     """
     sampled = GraphModule(gm, copy.deepcopy(gm.graph))
     sampled.add_module(SAMPLER, sampler)
@@ -26,9 +42,26 @@ def sample_rows(gm: GraphModule, sampler: RowSampler) -> tuple[GraphModule, dict
     with graph.inserting_before(first):
         weights = tuple(graph.get_attr(name) for name in sampler.crossed)
         drawn = graph.call_module(SAMPLER, weights)
-        for k, weight in enumerate(sampler.kept):
-            name = "rows_" + weight.replace(".", "_")
-            rows[weight] = graph.create_node("call_function", operator.getitem, (drawn, k), name=name).name
+
+        def item(k: int, name: str) -> str:
+            return graph.create_node("call_function", operator.getitem, (drawn, k), name=name).name
+
+        names = [weight.replace(".", "_") for weight in sampler.kept]
+        sets = [item(k, f"rows_{name}") for k, name in enumerate(names)]
+        scales = [item(k, f"scale_{name}") for k, name in enumerate(names, len(names))] if sampler.unbiased else []
+    seen, seen_all = _observed(sampler)
+    for k, weight in enumerate(sampler.kept):
+        chosen = f"{SAMPLER}.chosen.{k}" if isinstance(sampler, TopKSampler) else ""
+        rows[weight] = RowNodes(sets[k], scales[k] if scales else "", chosen, seen, seen_all)
     graph.lint()
     sampled.recompile()
     return sampled, rows
+
+
+def _observed(sampler: RowSampler) -> tuple[dict[str, str], bool]:
+    """The buffers that the calls are to write, by call, and whether with all rows."""
+    if not isinstance(sampler, WalkSampler) or sampler.preference is None:
+        return {}, True
+    buffers = {call: f"{SAMPLER}.preference.seen.{k}" for k, call in enumerate(sampler.preference.calls)}
+    sees_all = isinstance(sampler.policy, AdaptiveWalk) or not isinstance(sampler.policy, LearnedWalk)
+    return buffers, sees_all

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
 from rwfx.passes.normalize import parameter_of, weight_of
+from rwfx.passes.sample_rows import RowNodes
 
 # Which operator computes the backward of a call on rows alone, and which masks a dense one. The two tables are
 # the list of what can be sparse: to support one more call is to write its operators and add its line.
@@ -19,7 +20,7 @@ MASKED: dict[Callable[..., Any], torch._ops.OpOverload] = {F.linear: torch.ops.r
 
 def sparse_backward(
     gm: GraphModule,
-    rows: Mapping[str, str],
+    rows: Mapping[str, RowNodes],
     rules: Mapping[Callable[..., Any], torch._ops.OpOverload] = SPARSE,
     *,
     dx: Literal["rows", "full"] = "rows",
@@ -27,8 +28,8 @@ def sparse_backward(
 ) -> GraphModule:
     """Give each call on a weight of ``rows`` a backward that computes only its rows.
 
-    The outputs are unchanged, bit for bit. ``rows`` names, per weight, the node that is its row set; a
-    weight that is not in it stays as it is. ``dx`` and ``grad`` are those of ``rwfx.ops.row_linear``.
+    The outputs are unchanged, bit for bit. ``rows`` names, per weight, the node that is its row set and what else its
+    calls need; a weight that is not in it stays as it is. ``dx`` and ``grad`` are those of ``rwfx.ops.row_linear``.
     """
     rewritten = GraphModule(gm, copy.deepcopy(gm.graph))
     graph = rewritten.graph
@@ -42,13 +43,19 @@ def sparse_backward(
     for node, weight in calls:
         if weight not in rows:
             continue
-        drawn = nodes[rows[weight]]
+        of = rows[weight]
+        drawn = nodes[of.rows]
         shared = grad == "rows" and sum(weight == other for _, other in calls) > 1
         arguments = (*node.args, drawn, dx, grad)
         if shared:
             arguments += (None, *[_keep(rewritten, node, k, drawn, kept) for k in (1, 2)])
         with graph.inserting_before(node):
-            call = graph.create_node("call_function", rules[node.target], arguments, name=node.name)
+            more: dict[str, Any] = {"scale": nodes[of.scale]} if of.scale else {}
+            if of.chosen:
+                more["chosen"] = graph.get_attr(of.chosen)
+            if node.name in of.seen:
+                more |= {"seen": graph.get_attr(of.seen[node.name]), "seen_all": of.seen_all}
+            call = graph.create_node("call_function", rules[node.target], arguments, more, name=node.name)
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)

@@ -9,12 +9,13 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
 from rwfx.capture import untouched
+from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.sparse_backward import MASKED, SPARSE
 
 ROW_OPS = {*SPARSE.values(), *MASKED.values()}
 
 
-def verify(gm: GraphModule, model: nn.Module, rows: Mapping[str, str]) -> GraphModule:
+def verify(gm: GraphModule, model: nn.Module, rows: Mapping[str, RowNodes]) -> GraphModule:
     """Give ``gm`` back if it shares the model's parameters and draws every row set that it uses, and only those.
 
     Raises:
@@ -22,7 +23,8 @@ def verify(gm: GraphModule, model: nn.Module, rows: Mapping[str, str]) -> GraphM
     """
     gm.graph.lint()
     used = {node.args[3].name for node in gm.graph.nodes if node.target in ROW_OPS}
-    assert used == set(rows.values()), f"row sets drawn {sorted(rows.values())}, used {sorted(used)}"
+    drawn = {of.rows for of in rows.values()}
+    assert used == drawn, f"row sets drawn {sorted(drawn)}, used {sorted(used)}"
     original = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in gm.named_parameters(remove_duplicate=False):
         assert original.get(name) is parameter, f"parameter {name!r} is not the model's own"

@@ -9,9 +9,10 @@ once         model --capture--> GraphModule --weight_graph--> WeightGraph
 every step   row sampler: WeightGraph, |W| --walks--> row sets --> row-sparse ops --> row gradients --> optimizer
 """
 
-from rwfx import draw, ops, optim
+from rwfx import draw, ops, optim, schedules
 from rwfx.break_even import CostModel
 from rwfx.history import History
+from rwfx.policies import AdaptiveWalk, LearnedWalk, Magnitude, RandomWalk, TopK, Uniform
 from rwfx.sparse_module import SparseModule
 from rwfx.train import RandomWalkTrainer
 from rwfx.transform import transform
@@ -20,15 +21,22 @@ from rwfx.weight_graph import WeightGraph, weight_graph
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptiveWalk",
     "CostModel",
     "History",
+    "LearnedWalk",
+    "Magnitude",
+    "RandomWalk",
     "RandomWalkTrainer",
     "SparseModule",
+    "TopK",
+    "Uniform",
     "WeightGraph",
     "draw",
     "ops",
     "optim",
     "random_walks",
+    "schedules",
     "transform",
     "weight_graph",
 ]

@@ -16,13 +16,22 @@ from rwfx.break_even import Candidate, CostModel
 from rwfx.capture import Capture
 from rwfx.passes.normalize import parameter_of
 from rwfx.passes.read_columns import ROW_LINEAR
+from rwfx.passes.sample_rows import RowNodes
+from rwfx.policies import Densities, Policy, TopK
 from rwfx.report import Line
-from rwfx.walk import RowSampler
+from rwfx.sampler import RowSampler
+from rwfx.schedules import Schedule
 from rwfx.weight_graph import WeightGraph
 
 
 def lines_of(
-    gm: GraphModule, graph: WeightGraph, captured: Capture, patterns: Sequence[str], grad: str
+    gm: GraphModule,
+    graph: WeightGraph,
+    captured: Capture,
+    patterns: Sequence[str],
+    grad: str,
+    policy: Policy,
+    densities: Mapping[str, float | Schedule] | None,
 ) -> tuple[Line, ...]:
     """A line per parameter with rows: those of the linear calls in execution order, then the rest."""
     calls = {node.name: node for node in gm.graph.nodes}
@@ -37,6 +46,10 @@ def lines_of(
             reason = "no walk reaches it from an output"
         elif not parameter.is_floating_point() or not parameter.numel():
             reason = f"it is {parameter.dtype} of shape {tuple(parameter.shape)}"
+        elif densities is not None and weight not in densities:
+            reason = "density= does not name it"
+        elif isinstance(policy, TopK) and len(uses) > 1:
+            reason = f"{len(uses)} calls use it, and TopK would choose other rows in each"
         elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
             reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
         else:
@@ -57,9 +70,31 @@ def lines_of(
     return tuple(lines)
 
 
+def densities_of(density: Densities | None, graph: WeightGraph) -> dict[str, float | Schedule] | None:
+    """The density of each weight; none where none is given, without the weights that a mapping does not name.
+
+    Raises:
+        ValueError: a mapping has a name that matches nothing.
+    """
+    if density is None:
+        return None
+    if not isinstance(density, Mapping):
+        return dict.fromkeys(graph.names, density)
+    found, unused = {}, set(density)
+    for weight, names in graph.names.items():
+        matching = [pattern for pattern in density if any(_matches(name, [pattern]) for name in names)]
+        unused -= set(matching)
+        if matching:
+            found[weight] = density[matching[0]]
+    if unused:
+        known = ", ".join(graph.names)
+        raise ValueError(f"density names {min(unused)!r}, which matches no weight or module; the weights are {known}.")
+    return found
+
+
 def weigh(
     gm: GraphModule,
-    rows: Mapping[str, str],
+    rows: Mapping[str, RowNodes],
     sampler: RowSampler,
     lines: Sequence[Line],
     graph: WeightGraph,
@@ -71,8 +106,8 @@ def weigh(
     ``gm`` is the model with every weight of ``rows`` made row-sparse, ``rows`` the names of the row sets' nodes, and
     ``sampler`` what draws them. ``graph`` and ``shapes`` are of the model before that.
     """
-    kept = _expected_rows(gm, sampler)
-    weight_at = {node: weight for weight, node in rows.items()}
+    kept = sampler.expected_rows([gm.get_parameter(name) for name in sampler.crossed])
+    weight_at = {nodes.rows: weight for weight, nodes in rows.items()}
     sources: dict[str, list[str]] = {}  # per weight: those whose rows are the columns read, call by call
     for node in gm.graph.nodes:
         if node.target is ROW_LINEAR:
@@ -89,7 +124,7 @@ def weigh(
         read = tuple(sources.get(line.weight, ()))
         candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, read))
     crossed = sum(gm.get_parameter(name).shape[1] for name in sampler.crossed)
-    paying = model.paying(candidates, model.sampler(sampler.options.num_paths, crossed))
+    paying = model.paying(candidates, model.sampler(sampler.num_paths, crossed))
     alone = {of.weight: model.costs(of, {}) for of in candidates}
     weighed = []
     for line in lines:
@@ -103,26 +138,6 @@ def weigh(
             reason = "drawing rows would cost more than all row-sparse backwards save"
         weighed.append(replace(line, costs=costs, dense_because=reason))
     return tuple(weighed)
-
-
-def _expected_rows(gm: GraphModule, sampler: RowSampler, draws: int = 3) -> dict[str, float]:
-    """The mean size of each weight's row set over a few draws of walks that step uniformly.
-
-    Uniformly, and always from one seed: then it is the architecture that decides which weights are row-sparse, and not
-    the values that they have at the time, so that a resumed run and every rank decide alike.
-    """
-    before, options = sampler.sampler_state(), sampler.options
-    totals = dict.fromkeys(sampler.kept, 0)
-    weights = [gm.get_parameter(name) for name in sampler.crossed]
-    sampler.options = replace(options, epsilon=1.0, resample_every=1)
-    sampler.state.zero_()
-    with torch.enable_grad():
-        for _ in range(draws):
-            for weight, drawn in zip(sampler.kept, sampler(*weights), strict=True):
-                totals[weight] += len(drawn)
-    sampler.options = options
-    sampler.load_sampler_state(before)
-    return {weight: total / draws for weight, total in totals.items()}
 
 
 def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:

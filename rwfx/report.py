@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rwfx.break_even import Costs
+from rwfx.policies import Policy, TopK
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Report:
     lines: tuple[Line, ...]  # execution order, then what no linear call uses
     mode: str
     dx: str
+    policy: Policy
     kept_rows: Mapping[str, int]  # of the last draw; empty before the first
     notes: tuple[str, ...] = ()
 
@@ -119,6 +121,8 @@ class Report:
             )
         elif self.sparse:
             text.append("no training forward yet: no rows drawn")
+        where = "in the backward pass" if isinstance(self.policy, TopK) else "before the forward pass"
+        text.append(f"rows: {self.policy}, chosen {where}")
         if self.predicted:
             text.append(
                 "predicted: a step {:.1f} times as fast as dense, at most {:.1f} (the limit)".format(*self.predicted)

@@ -12,7 +12,8 @@ from torch.fx.graph_module import GraphModule, _forward_from_src
 from rwfx.graph_pickle import read_graph, write_graph
 from rwfx.passes.sample_rows import SAMPLER
 from rwfx.report import Line, Report
-from rwfx.walk import RowSampler
+from rwfx.sampler import RowSampler
+from rwfx.walk import WalkSampler
 
 
 class SparseModule(GraphModule):
@@ -48,7 +49,8 @@ class SparseModule(GraphModule):
         """What was rewritten, what stayed dense and why, and the cost of the last step against dense."""
         drawn = bool(self._sampler.state[1])
         kept = {name: len(rows) for name, rows in self.rows.items()} if drawn else {}
-        return Report(self.lines, self.settings["mode"], self.settings["dx"], kept, self.notes)
+        settings = self.settings
+        return Report(self.lines, settings["mode"], settings["dx"], settings["rows"], kept, self.notes)
 
     def sampler_state(self) -> dict[str, Tensor]:
         """The row sampler's random stream and last draw: with the ``state_dict``, what an exact resume needs."""
@@ -61,6 +63,22 @@ class SparseModule(GraphModule):
             ValueError: the state does not fit this model; nothing is changed then.
         """
         self._sampler.load_sampler_state(state)
+
+    def start_from(self, labels: Tensor) -> None:
+        """Let the walks of the next training forward start at the output rows that ``labels`` name.
+
+        For ``RandomWalk(start="labels")`` and its kin; ``labels``: whole numbers of any shape, each starts in
+        proportion to how often it is there.
+
+        Raises:
+            ValueError: the policy has another ``start``, or a label is no row of the output weight; nothing is changed
+            then.
+        """
+        if not isinstance(self._sampler, WalkSampler):
+            raise ValueError(
+                f'start_from is for walks with start="labels"; the row policy is {self.settings["rows"]!r}.'
+            )
+        self._sampler.start_from(labels)
 
     @property
     def _sampler(self) -> RowSampler:

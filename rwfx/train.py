@@ -9,6 +9,7 @@ In: a model and a loader of batches ``(input, ..., target)``. Out: the model, tr
 
 import copy
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ class RandomWalkTrainer:
     Args:
         model: any model that ``rwfx.transform`` takes; in mode ``"full"``, any model.
         mode: a key of ``MODES``.
-        num_paths: walks a step, by default as in ``rwfx.transform``; mode ``"full"`` has none.
+        num_paths: walks a step, by default as in ``rwfx.transform``; mode ``"full"`` has none. Other row policies are
+            among the options of ``rwfx.transform``: ``rows=rwfx.TopK(0.1)``.
         optimizer: a key of ``OPTIMIZERS``, or a function from the list of parameters to an ``Optimizer`` (one
             that takes row gradients, unless the mode is ``"full"`` or ``grad="dense"`` is among the options).
         lr: the learning rate of an optimizer given by name.
@@ -115,7 +117,6 @@ class RandomWalkTrainer:
         if (how := MODES[mode]) is not None:
             options = {"grad": "rows", **transform_options}
             self.network = sparse_model = transform(self.model, num_paths, mode=how, seed=seed, **options)
-            num_paths = sparse_model.settings["num_paths"]
             namesakes, fused = rwfx.optim, {}
         if isinstance(optimizer, str):
             self.optimizer = getattr(namesakes, OPTIMIZERS[optimizer])(parameters, lr=lr, **fused)
@@ -130,7 +131,8 @@ class RandomWalkTrainer:
         self.eval_every = eval_every
         self._settings = {"mode": mode, "lr": float(lr)}
         if how is not None:
-            self._settings |= {"num_paths": num_paths, "seed": seed, **_described(transform_options)}
+            policy = sparse_model.settings["rows"]
+            self._settings |= {"rows": _worded(policy), "seed": seed, **_described(transform_options)}
         self._stepped = torch.compile(self.network) if compile else self.network
         self._parameters = parameters
         self._dense_flops: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
@@ -406,8 +408,14 @@ def _length(loader: Any) -> int | None:
 
 
 def _described(options: dict[str, Any]) -> dict[str, str]:
-    """Word the options that decide what is computed; example inputs only help to trace."""
-    return {name: repr(value) for name, value in sorted(options.items()) if name != "example_inputs"}
+    """Word the options that decide what is computed and are not worded yet; example inputs only help to trace."""
+    known = ("example_inputs", "rows", "density")
+    return {name: _worded(value) for name, value in sorted(options.items()) if name not in known}
+
+
+def _worded(value: Any) -> str:
+    """Its ``repr``, without the addresses that a function has in this process alone."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _check_choice(name: str, given: Any, allowed: Iterable[str], also: str = "") -> None:

@@ -5,9 +5,7 @@ capture -> normalize -> weight graph -> sample_rows -> sparse_backward -> read_c
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from math import inf
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -15,16 +13,19 @@ from torch import distributed, nn
 from torch.fx import GraphModule
 
 from rwfx import native
+from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
 from rwfx.capture import capture, shared_copy, split_inputs
-from rwfx.choose import lines_of, weigh
+from rwfx.choose import densities_of, lines_of, weigh
+from rwfx.draws import sampler_of
 from rwfx.passes.normalize import normalize
 from rwfx.passes.read_columns import read_columns
-from rwfx.passes.sample_rows import SAMPLER, sample_rows
+from rwfx.passes.sample_rows import SAMPLER, RowNodes, sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.verify import same_outputs, verify
+from rwfx.policies import Densities, Policy, RandomWalk, TopK
+from rwfx.sampler import RowSampler
 from rwfx.sparse_module import SparseModule, check_names
-from rwfx.walk import RowSampler, WalkOptions, rows_kept
 from rwfx.weight_graph import graph_of, shapes_of
 
 
@@ -32,10 +33,8 @@ def transform(
     model: nn.Module,
     num_paths: int | None = None,
     *,
-    density: float | None = None,
-    temperature: float = 1.0,
-    epsilon: float = 0.0,
-    min_rows: int = 1,
+    density: Densities | None = None,
+    rows: Policy | None = None,
     dense: str | Sequence[str] = (),
     mode: Literal["sparse", "masked"] = "sparse",
     dx: Literal["rows", "full"] | None = None,
@@ -45,7 +44,7 @@ def transform(
     break_even: bool | CostModel = True,
     example_inputs: Any = None,
 ) -> SparseModule:
-    """Give ``model`` a backward pass that computes, every step, only the rows that random walks visit.
+    """Give ``model`` a backward pass that computes, every step, only the rows that a policy chooses: by random walks.
 
     The result is a ``torch.fx.GraphModule`` with the model's call signature. It shares the model's parameters and
     buffers, has the same ``state_dict`` keys, and its forward pass is the model's own, bit for bit. At every
@@ -57,15 +56,13 @@ def transform(
 
     Args:
         model: an ``nn.Module`` that ``torch.fx`` can trace symbolically.
-        num_paths: walks a step, at least 1; 50 by default. They start at the rows of the output weights.
-        density: above 0 and at most 1. Every row set then has the same number of rows at every step, this share of its
-            weight's, rounded up: the rows that the first walks come by, and where ``num_paths`` walks (by default
-            twice as many as the largest row set) visit fewer, others as well, uniformly without replacement. No shape
+        num_paths, density: short for ``rows=rwfx.RandomWalk(num_paths, density)``: 50 walks a step by default. With a
+            density, above 0 and at most 1, every row set has that share of its weight's rows, rounded up: no shape
             changes from step to step and nothing is read back from a GPU, as CUDA graphs need
-            (``torch.compile(mode="reduce-overhead")``).
-        temperature: above 0. A step at row ``i`` draws feature ``j`` with ``p ~ |W[i, j]| ** (1 / temperature)``.
-        epsilon: from 0 to 1, the probability of a uniform step instead.
-        min_rows: a row set with fewer rows is filled up to so many, uniformly without replacement.
+            (``torch.compile(mode="reduce-overhead")``). A schedule or a mapping by names will do as well; see
+            ``rwfx.policies``.
+        rows: how the rows of a step are chosen: ``rwfx.RandomWalk``, ``AdaptiveWalk``, ``LearnedWalk``, ``TopK``,
+            ``Uniform`` or ``Magnitude``.
         dense: names of weights or modules that stay dense; ``*`` and ``?`` match any letters (``"head.*"``).
         mode: ``"sparse"``, or ``"masked"``: dense products, masked afterwards, to compare with.
         dx: ``"rows"`` sums the input's gradient over the row set, ``"full"`` over every row; then the gradients
@@ -73,7 +70,7 @@ def transform(
             ``mode="masked"``, which together are the method of the original research code.
         grad: ``"dense"``: gradients with zeros outside the rows, for any optimizer. ``"rows"``: hybrid
             ``torch.sparse_coo`` gradients that hold the rows alone, for ``rwfx.optim``.
-        seed: of the walks' private random stream, which no other draw disturbs and which disturbs no other; equal
+        seed: of the policy's private random stream, which no other draw disturbs and which disturbs no other; equal
             seeds draw equal rows on every rank. By default one number of ``torch.manual_seed``'s stream, that of
             rank 0 where ``torch.distributed`` is initialized: then every rank has to call ``transform``.
         resample_every: draw new row sets every so many training forwards.
@@ -88,11 +85,9 @@ def transform(
         TypeError, ValueError: an argument is not allowed, the model cannot be traced, has no linear weight, or no
             weight is left to make sparse. Nothing has been changed then.
     """
-    options = WalkOptions(
-        50 if num_paths is None else num_paths, density, temperature, epsilon, min_rows, resample_every
-    )
-    _check_options(options)
+    policy = _policy(rows, num_paths, density)
     _check_choices(mode, dx, grad, seed, break_even)
+    _check_policy(policy, mode, resample_every)
     dx = dx or ("full" if mode == "masked" else "rows")
     patterns = _patterns(dense)
     if isinstance(model, SparseModule):
@@ -103,34 +98,31 @@ def transform(
     gm = normalize(GraphModule(captured.host, captured.train))
     shapes = shapes_of(gm, captured, example_inputs)
     graph = graph_of(gm, captured, shapes)
-    lines = lines_of(gm, graph, captured, patterns, grad)
+    densities = densities_of(policy.density, graph)
+    lines = lines_of(gm, graph, captured, patterns, grad, policy, densities)
     kept = [line.weight for line in lines if not line.dense_because]
     if not kept:
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
         raise ValueError(f"no weight is left to make sparse ({reasons}).")
-
-    if num_paths is None and density is not None:
-        most = max(rows_kept(line.rows, options) for line in lines if not line.dense_because)
-        options = replace(options, num_paths=2 * most)
 
     seed = _common_seed() if seed is None else int(seed)
     device = captured.host.get_parameter(kept[0]).device
     if device.type == "cpu":
         native.ready()
 
-    def rewritten(kept: Sequence[str]) -> tuple[GraphModule, dict[str, str], RowSampler]:
-        sampler = RowSampler(graph, kept, options, seed).to(device)
-        sampled, rows = sample_rows(gm, sampler)
-        sparse = sparse_backward(sampled, rows, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
-        return verify(read_columns(sparse), model, rows), rows, sampler
+    def rewritten(kept: Sequence[str]) -> tuple[GraphModule, dict[str, RowNodes], RowSampler]:
+        sampler = sampler_of(policy, graph, kept, seed, densities, resample_every).to(device)
+        sampled, nodes = sample_rows(gm, sampler)
+        sparse = sparse_backward(sampled, nodes, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
+        return verify(read_columns(sparse), model, nodes), nodes, sampler
 
-    sparse_gm, rows, sampler = rewritten(kept)
+    sparse_gm, nodes, sampler = rewritten(kept)
     costs = _cost_model(break_even, device.type, mode)
     if costs is not None:
-        lines = weigh(sparse_gm, rows, sampler, lines, graph, shapes, costs)
+        lines = weigh(sparse_gm, nodes, sampler, lines, graph, shapes, costs)
         paying = [line.weight for line in lines if not line.dense_because]
         if paying != kept:
-            sparse_gm, rows, sampler = rewritten(paying)
+            sparse_gm, nodes, sampler = rewritten(paying)
         if not paying:
             warnings.warn(
                 f"no weight of {type(model).__name__} is large enough for a row-sparse backward to pay, so the "
@@ -139,14 +131,14 @@ def transform(
                 stacklevel=2,
             )
 
-    settings = {**vars(options), "mode": mode, "dx": dx, "grad": grad, "seed": seed}
+    settings = {"rows": policy, "mode": mode, "dx": dx, "grad": grad, "seed": seed, "resample_every": resample_every}
     sparse_model = SparseModule.over(
         captured.host,
         sparse_gm.graph,
         captured.eval,
         lines=lines,
         settings=settings,
-        notes=(*graph.notes, *captured.notes),
+        notes=(*graph.notes, *captured.notes, *sampler.notes),
     )
     sparse_model._modules[SAMPLER] = sampler
     _check_replay(model, sparse_model, example_inputs)
@@ -196,23 +188,32 @@ def _patterns(dense: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _check_options(options: WalkOptions) -> None:
-    _check_number("num_paths", options.num_paths, Integral, 1)
-    if options.density is not None:
-        _check_number("density", options.density, Real, 0, 1, above=True)
-    _check_number("temperature", options.temperature, Real, 0, above=True)
-    _check_number("epsilon", options.epsilon, Real, 0, 1)
-    _check_number("min_rows", options.min_rows, Integral, 0)
-    _check_number("resample_every", options.resample_every, Integral, 1)
+def _policy(rows: Any, num_paths: Any, density: Any) -> Policy:
+    if rows is None:
+        return RandomWalk(num_paths, density)
+    if not isinstance(rows, Policy):
+        raise TypeError(
+            f"rows must be a row policy (rwfx.RandomWalk, AdaptiveWalk, LearnedWalk, TopK, Uniform, Magnitude), got "
+            f"{rows!r}."
+        )
+    for name, given in (("num_paths", num_paths), ("density", density)):
+        if given is not None:
+            raise ValueError(f"{name}={given!r} beside rows={rows!r}: give it to the policy.")
+    return rows
 
 
-def _check_number(name: str, value: Any, kind: type, low: float, high: float = inf, above: bool = False) -> None:
-    wanted = "a whole number" if kind is Integral else "a number"
-    bounds = f"above {low}" if above else f"at least {low}" if high == inf else f"from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name} must be {wanted} {bounds}, got {value!r} ({type(value).__name__}).")
-    if not low <= value <= high or (above and value == low) or value == inf:
-        raise ValueError(f"{name} must be {wanted} {bounds}, got {value!r}.")
+def _check_policy(policy: Policy, mode: str, resample_every: Any) -> None:
+    check_number("resample_every", resample_every, Integral, 1)
+    if isinstance(policy, TopK) and mode == "masked":
+        raise ValueError(
+            'TopK with mode="masked": what masking compares with is the choice before the forward, and TopK chooses '
+            'in the backward pass. Use mode="sparse", or another policy.'
+        )
+    if isinstance(policy, RandomWalk) and policy.unbiased and resample_every > 1:
+        raise ValueError(
+            f"unbiased=True with resample_every={resample_every}: the probabilities are those of a fresh draw. Use "
+            "resample_every=1, or rwfx.Uniform or rwfx.Magnitude."
+        )
 
 
 def _check_choices(mode: Any, dx: Any, grad: Any, seed: Any, break_even: Any) -> None:
@@ -225,6 +226,6 @@ def _check_choices(mode: Any, dx: Any, grad: Any, seed: Any, break_even: Any) ->
         if not any(value is choice or value == choice for choice in allowed):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
     if seed is not None:
-        _check_number("seed", seed, Integral, 0, 2**63 - 1)
+        check_number("seed", seed, Integral, 0, 2**63 - 1)
     if not isinstance(break_even, bool | CostModel):
         raise TypeError(f"break_even must be True, False or a rwfx.CostModel, got {break_even!r}.")

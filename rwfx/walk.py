@@ -1,4 +1,4 @@
-"""Random walks over the weight graph, and the module that draws a model's row sets with them.
+"""Random walks over the weight graph, and the sampler that draws a model's row sets with them.
 
 In: a ``WeightGraph`` and its weights. Out: row sets, or the walks themselves. A *walk* starts at a row of an
 output weight and steps towards the input: at row ``i`` it draws an input feature ``j`` with probability
@@ -9,35 +9,18 @@ and goes on at the row that produces feature ``j``; where several rows are added
 with the same probability; where none is, it ends.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwfx.labels import Junction, WeightUse
-from rwfx.ops.walk import Station, mix, pack_stations, read_last, sweep
+from rwfx.ops.walk import Station, is_tree, mix, pack_stations, sweep
+from rwfx.policies import AdaptiveWalk, LearnedWalk, RandomWalk
+from rwfx.preference import Preference, observed_uses
+from rwfx.sampler import Buffers, RowSampler
+from rwfx.schedules import Schedule
 from rwfx.weight_graph import WeightGraph
-
-
-@dataclass(frozen=True)
-class WalkOptions:
-    """How the walks of a step are drawn; ``rwfx.transform`` describes each."""
-
-    num_paths: int
-    density: float | None = None
-    temperature: float = 1.0
-    epsilon: float = 0.0
-    min_rows: int = 1
-    resample_every: int = 1
-
-
-def rows_kept(num_rows: int, options: WalkOptions) -> int:
-    """How many rows the set of a weight has under ``density``."""
-    assert options.density is not None
-    # Less what a decimal loses in binary: 0.07 of 100 rows are 7.
-    return max(ceil(options.density * num_rows - 1e-9), min(options.min_rows, num_rows), 1)
 
 
 def random_walks(
@@ -92,47 +75,62 @@ def stations_of(graph: WeightGraph, names: Sequence[str]) -> tuple[tuple[Station
     return tuple(stations), tables
 
 
-class RowSampler(nn.Module):
-    """Draws the row sets of a training step; it lives in the transformed model's graph.
+class WalkSampler(RowSampler):
+    """Draws row sets by random walks; ``rwfx.policies`` says how."""
 
-    Called with the weights of ``crossed``, in order, it returns a row set for each weight of ``kept``. Without
-    gradients nothing is drawn, and the row sets that are returned are empty.
-
-    It has no entries in a ``state_dict``, so that a transformed model's are those of its original; what a
-    resumed run needs is in ``state`` (seed, steps) and ``last`` (the last draw).
-    """
-
-    state: Tensor
-    last: Tensor
-
-    def __init__(self, graph: WeightGraph, kept: Sequence[str], options: WalkOptions, seed: int) -> None:
-        super().__init__()
-        self.options = options
-        self.kept = tuple(kept)
+    def __init__(
+        self,
+        graph: WeightGraph,
+        kept: Sequence[str],
+        seed: int,
+        policy: RandomWalk,
+        densities: Mapping[str, float | Schedule] | None = None,
+        resample_every: int = 1,
+    ) -> None:
+        super().__init__(graph, kept, seed, densities, policy.min_rows, resample_every)
+        self.policy = policy
+        self.unbiased = policy.unbiased
         self.crossed = tuple(graph.names)
         self._kept = [self.crossed.index(name) for name in kept]
         stations, tables = stations_of(graph, self.crossed)
         self._layout = pack_stations(stations)
         self._heads = list(graph.heads)
-        self._tables = _Buffers(tables)
-        self._starts = _Buffers(graph.heads.values())
-        self.sizes = tuple(graph.rows(name) for name in kept)
-        self._exactly = [] if options.density is None else [rows_kept(n, options) for n in self.sizes]
-        last = torch.zeros(len(kept) + 1 + sum(self.sizes), dtype=torch.int64)
-        self.register_buffer("last", last, persistent=False)
-        state, tick = torch.tensor([seed, 0]), torch.tensor([0, 1])
-        if self._exactly:  # moves with the model: nothing of a step has to come back from a GPU
-            self.register_buffer("state", state, persistent=False)
-            self.register_buffer("_tick", tick, persistent=False)
-        else:  # stays on the CPU wherever the model goes: reading it never waits for a GPU
-            self.state, self._tick = state, tick
+        if policy.unbiased and not is_tree(stations, self._heads):
+            raise ValueError(
+                "unbiased=True needs a model whose weights form a tree, each used once and leading to one other: "
+                "here rows are added, or a weight is used twice, and the walks' sets are then not independent enough "
+                "to be weighed. rwfx.Uniform and rwfx.Magnitude are unbiased wherever each weight is used once."
+            )
+        self._tables = Buffers(tables)
+        self._starts = Buffers(graph.heads.values())
+        self.preference = None
+        follows = isinstance(policy, AdaptiveWalk | LearnedWalk) or policy.start == "gradient"
+        if follows and observed_uses(graph, kept, policy):
+            self.preference = Preference(graph, kept, policy)
+            seen = tuple(f"preference.seen.{k}" for k in range(len(self.preference.calls)))
+            self.remembered = ("preference.value", *seen)
+        elif follows:
+            self.notes = ('start="gradient" needs an output weight that is row-sparse; here walks start uniformly',)
+        self._start_weights = Buffers(_start_weights(graph, policy))
+        self._labelled = policy.start != "labels"
 
-    def forward(self, *weights: Tensor) -> list[Tensor]:
-        """Row sets for this step: ``(K,)`` int64, sorted, one per weight of ``kept``."""
-        if not torch.is_grad_enabled():
-            return [self.last.new_empty(0)] * len(self.kept)
-        options = self.options
-        *rows, last = torch.ops.rwfx.walk.default(
+    def draw(self, *weights: Tensor) -> list[Tensor]:
+        """Row sets by walks over ``weights``."""
+        policy = self.policy
+        factors: list[Tensor] = []
+        start_weights = self._start_weights.tensors()
+        if not self._labelled:
+            raise RuntimeError(
+                'rows are to start at labels (start="labels"): call start_from(labels) before the forward.'
+            )
+        if self.preference is not None:
+            self.preference.update(self.last)
+            if isinstance(policy, AdaptiveWalk | LearnedWalk):
+                factors = self.preference.factors()
+            if policy.start == "gradient":
+                start_weights = self.preference.of_starts()
+        num_paths = policy.num_paths or (None if self._scheduled else self._walks())
+        *drawn, last = torch.ops.rwfx.walk.default(
             weights,
             self._kept,
             self._tables.tensors(),
@@ -141,63 +139,117 @@ class RowSampler(nn.Module):
             self._layout,
             self.state,
             self.last,
-            options.num_paths,
-            options.temperature,
-            options.epsilon,
-            options.min_rows,
-            self._exactly,
-            options.resample_every,
+            num_paths or 0,
+            policy.temperature,
+            policy.epsilon,
+            policy.min_rows,
+            self.exactly,
+            self.resample_every,
+            factors,
+            start_weights,
+            self._budget(num_paths),
+            policy.unbiased,
         )
         self.last.copy_(last)
-        self.state.add_(self._tick)
-        return rows
+        return drawn
 
-    def row_sets(self) -> dict[str, Tensor]:
-        """The row sets of the last draw, by weight; empty before the first."""
-        return dict(zip(self.kept, read_last(self.last, self.sizes), strict=True))
-
-    def sampler_state(self) -> dict[str, Tensor]:
-        """What a resumed run needs to go on with the same draws."""
-        return {"state": self.state.cpu().clone(), "last": self.last.cpu().clone()}
-
-    def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``sampler_state`` was taken.
+    def start_from(self, labels: Tensor) -> None:
+        """Let the next walks start at the rows that ``labels`` name, each as often as it is there.
 
         Raises:
-            ValueError: the state is that of another model or is incomplete; nothing is changed then.
+            ValueError: the policy has another ``start``, there are several output weights, or a label is no row of the
+                output weight; nothing is changed then.
         """
-        own = self.sampler_state()
-        for name, tensor in own.items():
-            given = state.get(name)
-            if not isinstance(given, Tensor) or given.shape != tensor.shape or given.dtype != tensor.dtype:
-                met = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
-                raise ValueError(
-                    f"sampler state {name!r} is {met}, this model needs {tensor.dtype} {tuple(tensor.shape)}: "
-                    "it was saved from a model with other weights or other weights kept dense."
-                )
-        if not self._could_draw(state["last"]):
-            raise ValueError("sampler state 'last' holds rows that this model does not have: it is another model's.")
-        for name in own:
-            getattr(self, name).copy_(state[name])
+        if self.policy.start != "labels":
+            raise ValueError(f'start_from is for start="labels"; these walks have start={self.policy.start!r}.')
+        (weights,) = self._start_weights.tensors()
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be whole numbers, got {labels.dtype}.")
+        flat = labels.detach().flatten().long()
+        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(weights):
+            raise ValueError(
+                f"labels are from {int(flat.min())} to {int(flat.max())}, and the output weight has {len(weights)} "
+                f"rows: they must be from 0 to {len(weights) - 1}. Leave out what is ignored, such as padding."
+            )
+        weights.copy_(torch.bincount(flat, minlength=len(weights)))
+        self._labelled = True
 
-    def _could_draw(self, last: Tensor) -> bool:
-        """Whether ``last`` holds sorted rows of these weights, or is what it is before the first draw."""
-        ends = last[: len(self.sizes) + 1].tolist()
-        if ends[0] != 0 or ends != sorted(ends) or ends[-1] > sum(self.sizes):
-            return False
-        return all(
-            len(rows) <= size and (rows.diff() > 0).all() and (rows >= 0).all() and (rows < size).all()
-            for rows, size in zip(read_last(last, self.sizes), self.sizes, strict=True)
+    @property
+    def num_paths(self) -> int:
+        """How many walks a step draws; under a schedule as many as where it keeps the fewest rows."""
+        most = max(super().expected_rows().values()) if self._scheduled else 0
+        return self.policy.num_paths or (2 * int(most) if self._scheduled else self._walks())
+
+    def expected_rows(self, weights: Sequence[Tensor] = (), draws: int = 3) -> dict[str, float]:
+        """As for any sampler; where no density says so, the mean over a few draws of walks that step uniformly.
+
+        Uniformly, and always from one seed: then it is the architecture that decides which weights are row-sparse, and
+        not the values that they have at the time, so that a resumed run and every rank decide alike.
+        """
+        if self._densities:
+            return super().expected_rows()
+        before = (
+            self.state.clone(),
+            self.last.clone(),
+            self.policy,
+            self.preference,
+            self.resample_every,
+            self._labelled,
         )
+        totals = dict.fromkeys(self.kept, 0.0)
+        self.policy = RandomWalk(self._walks(), epsilon=1.0, min_rows=self.policy.min_rows)
+        self.preference, self.resample_every, self._labelled = None, 1, True
+        self.state.zero_()
+        with torch.enable_grad():
+            for _ in range(draws):
+                for weight, rows in zip(self.kept, self(*weights), strict=False):
+                    totals[weight] += len(rows) / draws
+        state, last, self.policy, self.preference, self.resample_every, self._labelled = before
+        self.state.copy_(state)
+        self.last.copy_(last)
+        return totals
+
+    def _walks(self) -> int:
+        """How many walks a step draws, where no schedule decides."""
+        return self.policy.num_paths or (2 * max(self.exactly) if self.exactly else PATHS)
 
 
-class _Buffers(nn.Module):
-    """A list of tensors that moves with its module and has no part in the ``state_dict``."""
+PATHS = 50
+"""Walks a step where neither their number nor a density is given."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        for k, tensor in enumerate(tensors):
-            self.register_buffer(str(k), tensor, persistent=False)
 
-    def tensors(self) -> list[Tensor]:
-        return list(self._buffers.values())  # type: ignore[arg-type]
+def _start_weights(graph: WeightGraph, policy: RandomWalk) -> list[Tensor]:
+    """The weights of the starts at each head, where the policy gives them or ``start_from`` will."""
+    names = {station: use.weight for station, use in enumerate(graph.stations) if isinstance(use, WeightUse)}
+    if policy.start == "labels":
+        if len(graph.heads) > 1:
+            heads = ", ".join(names[station] for station in graph.heads)
+            raise ValueError(f'start="labels" needs one output weight, and this model has {len(graph.heads)}: {heads}.')
+        ((station, ids),) = graph.heads.items()
+        if len(ids) != graph.rows(names[station]):
+            raise ValueError(f'start="labels" needs every row of {names[station]} to reach the output.')
+        return [torch.zeros(len(ids))]
+    if isinstance(policy.start, str):
+        return []
+    given = policy.start
+    if not isinstance(given, Mapping):
+        if len(graph.heads) > 1:
+            raise ValueError("start weights without a name need one output weight; give them as a mapping by name.")
+        given = {names[next(iter(graph.heads))]: given}
+    unknown = set(given) - {names[station] for station in graph.heads}
+    if unknown:
+        heads = ", ".join(names[station] for station in graph.heads)
+        raise ValueError(
+            f"start names {sorted(unknown)[0]!r}, which is no output weight; the output weights are {heads}."
+        )
+    found = []
+    for station, ids in graph.heads.items():
+        name, rows = names[station], graph.rows(names[station])
+        weights = torch.as_tensor(given.get(name, torch.ones(rows)), dtype=torch.float32).detach().clone()
+        if weights.shape != (rows,) or not weights.isfinite().all() or (weights < 0).any() or not weights.any():
+            raise ValueError(
+                f"start must have a weight for each of the {rows} rows of {name}: finite, none negative, not all "
+                f"zero; got a tensor of shape {tuple(weights.shape)}."
+            )
+        found.append(weights[ids - graph.stations[station].base])
+    return found

@@ -41,7 +41,9 @@ def test_bad_arguments_are_refused_and_nothing_is_changed(options, error, match)
 
 def test_numbers_of_other_libraries_are_numbers():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    sparse = rwfx.transform(model, num_paths=np.int64(3), temperature=np.float32(0.5), epsilon=0, seed=np.int32(1))
+    sparse = rwfx.transform(
+        model, rows=rwfx.RandomWalk(np.int64(3), temperature=np.float32(0.5), epsilon=0), seed=np.int32(1)
+    )
     sparse(torch.randn(2, 3)).sum().backward()
 
 

@@ -71,7 +71,7 @@ def test_forward_is_the_models_own_bit_for_bit(kind, mode):
 @by_name(ZOO)
 def test_with_every_row_visited_the_gradients_are_the_dense_ones(kind):
     model = make(kind)
-    sparse = rwfx.transform(model, num_paths=1, min_rows=10_000)
+    sparse = rwfx.transform(model, rows=rwfx.RandomWalk(1, min_rows=10_000))
     inputs = model.inputs()
     loss_of(run(sparse, inputs)).backward()
     assert all(len(rows) == len(model.get_parameter(name)) for name, rows in sparse.rows.items())

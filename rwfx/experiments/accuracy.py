@@ -30,6 +30,7 @@ from rwfx.experiments.summary import summarise, table
 from rwfx.experiments.tables import write_csv
 from rwfx.files import replacing
 from rwfx.history import Record
+from rwfx.policies import RandomWalk
 from rwfx.train import RandomWalkTrainer
 
 EPOCHS = {"digits": 60, "mnist": 10, "fashion-mnist": 10, "cifar10": 10}
@@ -57,6 +58,7 @@ class Plan:
     """Evaluations of a run, half of them spread evenly and half with growing distance."""
     device: str = "cpu"
     compile: bool = False
+    walk_options: dict[str, Any] = field(default_factory=dict)
     transform_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -161,11 +163,13 @@ def _contenders(plan: Plan, data: DataSet, epochs: int, seed: int) -> list[Conte
     step_flops, _ = dense_flops(model, [data.train_inputs[: plan.batch_size]])
 
     def contender(kind: str, num_paths: int | None = None, partner: Contender | None = None) -> Contender:
-        walks = MODES[kind] != "full"
+        options = {}
+        if MODES[kind] != "full":
+            walk = RandomWalk(num_paths, **plan.walk_options)
+            options = {"rows": walk, "break_even": False, **plan.transform_options}
         trainer = RandomWalkTrainer(
             copy.deepcopy(model),
             MODES[kind],
-            num_paths or 1,  # a dense run has none
             optimizer=plan.optimizer,
             lr=plan.lr,
             epochs=epochs,
@@ -173,7 +177,7 @@ def _contenders(plan: Plan, data: DataSet, epochs: int, seed: int) -> list[Conte
             seed=seed,
             progress=False,
             # The method is what is compared, also where it does not pay.
-            **({"break_even": False, **plan.transform_options} if walks else {}),
+            **options,
         )
         order = Generator().manual_seed(seed)
         loader = TensorLoader(data.train_inputs, data.train_target, plan.batch_size, order)
@@ -201,7 +205,7 @@ def _report(plan: Plan, data: DataSet, epochs: int, rows: list[Row]) -> None:
     for against, name in {"seconds": "seconds", "parameter_updates": "updates", "flops": "flops"}.items():
         draw_accuracy(rows, against, plan.out / f"accuracy_against_{name}.png", title)
     draw_step_times(rows, plan.out / "step_times.png", title)
-    options = {"optimizer": plan.optimizer, "lr": plan.lr, **plan.transform_options}
+    options = {"optimizer": plan.optimizer, "lr": plan.lr, **plan.walk_options, **plan.transform_options}
     found = {
         "data": f"{plan.dataset}, {len(data.train_inputs)} to train on, {len(data.test_inputs)} to test",
         "run": f"MLP {widths}, batch {plan.batch_size}, {epochs} epochs, {plan.seeds} seeds, "

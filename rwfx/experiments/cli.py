@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,11 @@ from rwfx.experiments.speed import run as speed
 from rwfx.experiments.speed.plan import DTYPES, PARTS, SIZES, Plan, Size, read_parts, read_size
 from rwfx.train import OPTIMIZERS
 
-TRANSFORM_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "temperature": float,
-    "epsilon": float,
-    "min_rows": int,
-    "dx": str,
-    "break_even": lambda text: on_or_off(text),
-}
-"""The arguments of ``rwfx.transform`` that a command hands on, and their types."""
+WALK_OPTIONS: dict[str, Callable[[str], Any]] = {"temperature": float, "epsilon": float, "min_rows": int}
+"""The arguments of ``rwfx.RandomWalk`` that a command hands on, and their types."""
+
+TRANSFORM_OPTIONS: dict[str, Callable[[str], Any]] = {"dx": str, "break_even": lambda text: on_or_off(text)}
+"""Those of ``rwfx.transform``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,12 +76,13 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="default: cpu")
     command.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
-    for name, kind in TRANSFORM_OPTIONS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, help="as in rwfx.transform")
+    for owner, known in {"RandomWalk": WALK_OPTIONS, "transform": TRANSFORM_OPTIONS}.items():
+        for name, kind in known.items():
+            command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"as in rwfx.{owner}")
 
 
-def _transform_options(options: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(options, name) for name in TRANSFORM_OPTIONS}
+def _given(options: argparse.Namespace, known: Iterable[str]) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in known}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -126,7 +124,8 @@ def _run_accuracy(options: argparse.Namespace) -> None:
         evaluations=options.evaluations,
         device=options.device,
         compile=options.compile,
-        transform_options=_transform_options(options),
+        walk_options=_given(options, WALK_OPTIONS),
+        transform_options=_given(options, TRANSFORM_OPTIONS),
     )
     accuracy.run(plan, progress=not options.quiet)
 
@@ -169,6 +168,7 @@ def _run_speed(options: argparse.Namespace) -> None:
         masked=options.masked,
         device=options.device,
         dtype=DTYPES[options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[kind]],
-        transform_options=_transform_options(options),
+        walk_options=_given(options, WALK_OPTIONS),
+        transform_options=_given(options, TRANSFORM_OPTIONS),
     )
     speed.run(plan, progress=not options.quiet)

@@ -26,9 +26,10 @@ from rwfx.experiments.models import mlp
 from rwfx.experiments.speed.plan import Plan, Size
 from rwfx.experiments.speed.turns import Call
 from rwfx.passes.sample_rows import SAMPLER
+from rwfx.policies import RandomWalk
+from rwfx.sampler import RowSampler
 from rwfx.sparse_module import SparseModule
 from rwfx.transform import transform
-from rwfx.walk import RowSampler
 
 SEED = 0
 
@@ -80,7 +81,8 @@ def sparsify(plan: Plan, model: nn.Module, num_paths: int, kind: str = "sparse",
     """Transform ``model`` as every part of a measurement does."""
     assert kind in ("masked", "sparse")
     options = {**plan.transform_options, **options}
-    return transform(model, num_paths, mode=kind, grad="rows", seed=SEED, **options)
+    walk = RandomWalk(num_paths, **plan.walk_options)
+    return transform(model, rows=walk, mode=kind, grad="rows", seed=SEED, **options)
 
 
 def batch(plan: Plan, size: Size) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ class Plan:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     """Of the model and the data."""
+    walk_options: dict[str, Any] = field(default_factory=dict)
     transform_options: dict[str, Any] = field(default_factory=dict)
     draws: Draws = Draws()
     deep_layers: int = 100

@@ -64,7 +64,7 @@ def check(plan: Plan) -> None:
 
 
 def _conditions(plan: Plan) -> str:
-    options = "".join(f", {name} {value}" for name, value in plan.transform_options.items())
+    options = "".join(f", {name} {value}" for name, value in {**plan.walk_options, **plan.transform_options}.items())
     found = {
         "run": f"{plan.rounds} rounds, {plan.repeats} repetitions of a build, {str(plan.dtype).removeprefix('torch.')}"
         f"{options}, {'eager and compiled' if plan.compiled else 'eager'}",

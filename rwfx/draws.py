@@ -1,0 +1,176 @@
+"""The samplers that do not walk: rows drawn uniformly, by norm, or chosen in the backward pass.
+
+In and out: as for every ``RowSampler``; ``rwfx.policies`` gives the equations.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+import rwfx.ops.blank_rows
+import rwfx.ops.magnitude  # noqa: F401  defines the operators
+from rwfx.ops.walk import pack_stations
+from rwfx.policies import Magnitude, Policy, RandomWalk, TopK, Uniform
+from rwfx.sampler import Buffers, RowSampler
+from rwfx.schedules import Schedule
+from rwfx.walk import WalkSampler, stations_of
+from rwfx.weight_graph import WeightGraph
+
+
+class UniformSampler(RowSampler):
+    """Draws rows uniformly: what walks do to fill a set up, without a walk."""
+
+    def __init__(
+        self,
+        graph: WeightGraph,
+        kept: Sequence[str],
+        seed: int,
+        policy: Uniform,
+        densities: Mapping[str, float | Schedule],
+        resample_every: int = 1,
+    ) -> None:
+        super().__init__(graph, kept, seed, densities, resample_every=resample_every)
+        self.unbiased = policy.unbiased
+        _check_used_once(graph, kept, policy)
+        self.crossed = tuple(graph.names)
+        self._kept = [self.crossed.index(name) for name in kept]
+        stations, tables = stations_of(graph, self.crossed)
+        self._layout = pack_stations(stations)
+        self._tables, self._heads = Buffers(tables), list(graph.heads)
+        self._starts = Buffers(graph.heads.values())
+
+    def draw(self, *weights: Tensor) -> list[Tensor]:
+        """K rows of O for each weight."""
+        *rows, last = torch.ops.rwfx.walk.default(
+            weights,
+            self._kept,
+            self._tables.tensors(),
+            self._heads,
+            self._starts.tensors(),
+            self._layout,
+            self.state,
+            self.last,
+            0,
+            1.0,
+            0.0,
+            1,
+            self.exactly,
+            self.resample_every,
+            budget=self._budget(),
+        )
+        self.last.copy_(last)
+        if not self.unbiased:
+            return rows
+        ones = [torch.ones_like(rows_K, dtype=torch.float32) for rows_K in rows]
+        return [*rows, *[one_K * size / one_K.sum() for one_K, size in zip(ones, self.sizes, strict=True)]]
+
+
+class MagnitudeSampler(RowSampler):
+    """Draws rows by the norms of their weights."""
+
+    remembered = ("norms",)
+    norms: Tensor
+
+    def __init__(
+        self,
+        graph: WeightGraph,
+        kept: Sequence[str],
+        seed: int,
+        policy: Magnitude,
+        densities: Mapping[str, float | Schedule],
+        resample_every: int = 1,
+    ) -> None:
+        super().__init__(graph, kept, seed, densities, resample_every=resample_every)
+        self.policy, self.unbiased = policy, policy.unbiased
+        _check_used_once(graph, kept, policy)
+        self.register_buffer("norms", torch.zeros(sum(self.sizes)), persistent=False)
+
+    def draw(self, *weights: Tensor) -> list[Tensor]:
+        """K rows of O for each weight."""
+        *drawn, norms, last = torch.ops.rwfx.draw_by_norm.default(
+            weights,
+            self.norms,
+            self.state,
+            self.last,
+            self.policy.power,
+            self.policy.refresh,
+            self.exactly,
+            self._budget(),
+            self.resample_every,
+        )
+        self.norms.copy_(norms)
+        self.last.copy_(last)
+        return drawn if self.unbiased else drawn[: len(self.kept)]
+
+
+class TopKSampler(RowSampler):
+    """Says only how many rows: which ones, each call chooses in the backward pass and writes into ``chosen``.
+
+    The row sets that it gives are blank, of the right size.
+    """
+
+    def __init__(
+        self,
+        graph: WeightGraph,
+        kept: Sequence[str],
+        seed: int,
+        policy: TopK,
+        densities: Mapping[str, float | Schedule],
+        resample_every: int = 1,
+    ) -> None:
+        super().__init__(graph, kept, seed, densities)
+        if resample_every > 1:
+            raise ValueError(
+                f"TopK chooses rows by the gradient of every step, so resample_every must be 1, got {resample_every}."
+            )
+        self.chosen = Buffers(torch.zeros(size + 1, dtype=torch.int64) for size in self.sizes)
+        self._blank = Buffers(torch.zeros(count, dtype=torch.int64) for count in self.exactly)
+        self.remembered = tuple(f"chosen.{k}" for k in range(len(kept)))
+
+    def draw(self, *weights: Tensor) -> list[Tensor]:
+        """Blank row sets."""
+        if self.exactly:
+            return self._blank.tensors()
+        return list(torch.ops.rwfx.blank_rows.default(self.last, self._budget(), self.sizes))
+
+    def row_sets(self) -> dict[str, Tensor]:
+        """The row sets of the last backward pass, by weight; empty before the first."""
+        chosen = self.chosen.tensors()
+        return {name: of[1 : 1 + int(of[0])].clone() for name, of in zip(self.kept, chosen, strict=True)}
+
+
+SAMPLERS: Mapping[type, type[RowSampler]] = {
+    RandomWalk: WalkSampler,
+    Uniform: UniformSampler,
+    Magnitude: MagnitudeSampler,
+    TopK: TopKSampler,
+}
+"""The sampler of each policy and of those derived from it."""
+
+
+def sampler_of(
+    policy: Policy,
+    graph: WeightGraph,
+    kept: Sequence[str],
+    seed: int,
+    densities: Mapping[str, float | Schedule] | None,
+    resample_every: int,
+) -> RowSampler:
+    """The sampler of ``policy`` for the weights of ``kept``.
+
+    Raises:
+        ValueError: the policy does not go with this model.
+    """
+    (kind,) = (sampler for of, sampler in SAMPLERS.items() if isinstance(policy, of))
+    return kind(graph, kept, seed, policy, densities, resample_every)  # type: ignore[arg-type]
+
+
+def _check_used_once(graph: WeightGraph, kept: Sequence[str], policy: Uniform | Magnitude) -> None:
+    uses = [use.weight for use in graph.uses]
+    twice = [weight for weight in kept if uses.count(weight) > 1]
+    if policy.unbiased and twice:
+        raise ValueError(
+            f"unbiased=True needs weights that are used once: {twice[0]} is used {uses.count(twice[0])} times, "
+            "always with the same row set, so that a gradient which passes it twice would be weighed once too often."
+        )

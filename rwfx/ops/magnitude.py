@@ -1,0 +1,110 @@
+"""``rwfx::draw_by_norm``: row sets drawn by the norms of a weight's rows, with exact probabilities.
+
+In: weights, the norms as they were last computed, the state of a random stream. Out: a sorted row set per weight.
+
+With ``K`` rows asked for, row ``r`` is in the set with probability ``p[r] = min(1, c * norm[r] ** power)``, ``c`` such
+that they add up to K. Systematic sampling has these probabilities exactly: laid end to end in random order, the ``p``
+are a line of length K, and of the points ``u, u + 1, ..., u + K - 1`` each picks the row that it falls on.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch._library.fake_impl import allocate_size
+
+from rwfx.ops.walk import bits, mix, read_last, uniform
+
+torch.library.define(
+    "rwfx::draw_by_norm",
+    "(Tensor[] weights, Tensor norms, Tensor state, Tensor last, float power, int refresh, int[] exactly, Tensor? "
+    "budget, int resample_every) -> Tensor[]",
+)
+
+
+def draw_by_norm(
+    weights: list[Tensor],
+    norms: Tensor,
+    state: Tensor,
+    last: Tensor,
+    power: float,
+    refresh: int,
+    exactly: list[int],
+    budget: Tensor | None,
+    resample_every: int,
+) -> list[Tensor]:
+    """Draw so many rows of each weight.
+
+    Args:
+        weights: ``(O, ...)`` each.
+        norms: those of all rows, one weight after the other, as this call last returned them.
+        state: ``(2,)`` int64, the stream's seed and the number of steps so far.
+        last: the row sets of the last draw, as this call gave them.
+        power, refresh, resample_every: as in ``rwfx.Magnitude`` and ``rwfx.transform``.
+        exactly: how many rows of each weight, or empty.    budget: in its place, ``(1 + weights,)``, the first unused.
+
+    Returns:
+        A row set per weight, ``(K,)`` int64; for each the inverse probabilities of its rows, ``(K,)`` float32; the
+        norms and ``last`` for next time.
+    """
+    sizes = [len(weight) for weight in weights]
+    step = int(state[1])
+    if step % refresh == 0:
+        norms = torch.cat([_row_norms(weight) for weight in weights])
+    counts = exactly if budget is None else budget[1:].tolist()
+    if step % resample_every:
+        rows = read_last(last, sizes)
+        counts = [len(of) for of in rows]
+    key = mix(state[0], state[1]).to(last.device)
+    drawn, scales = [], []
+    for k, (norm_O, count) in enumerate(zip(norms.split(sizes), counts, strict=True)):
+        p_O = inclusion_probabilities(norm_O.double() ** power, count)
+        rows_K = rows[k] if step % resample_every else _systematic(p_O, count, key, 2 * k)
+        drawn.append(rows_K)
+        scales.append((1 / p_O[rows_K]).float())
+    numbered = [part + first for part, first in zip(drawn, accumulate(sizes, initial=0), strict=False)]
+    bounds = torch.tensor([*accumulate(counts, initial=0)], device=last.device)
+    next_ = torch.cat([bounds, *numbered, last.new_zeros(sum(sizes) - sum(counts))])
+    return [*drawn, *scales, norms.clone(), next_]
+
+
+torch.library.impl("rwfx::draw_by_norm", "default", draw_by_norm)
+
+
+@torch.library.register_fake("rwfx::draw_by_norm")
+def _(weights, norms, state, last, power, refresh, exactly, budget, resample_every):
+    counts: Sequence = exactly or [
+        allocate_size(torch.library.get_ctx()._shape_env, 1, len(weight)) for weight in weights
+    ]
+    rows = [last.new_empty((count,)) for count in counts]
+    scales = [last.new_empty((count,), dtype=torch.float32) for count in counts]
+    return [*rows, *scales, torch.empty_like(norms), torch.empty_like(last)]
+
+
+def inclusion_probabilities(size_O: Tensor, count: int) -> Tensor:
+    """``min(1, c * size)`` with ``c`` such that they add up to ``count``; equal ones where no size is above zero."""
+    size_O = torch.where(size_O.isfinite() & (size_O > 0), size_O, 0.0)
+    # A row that no size draws still takes part where the others are too few.
+    size_O = size_O.clamp(min=max(float(size_O.max()), 1.0) * 1e-9)
+    sorted_O = size_O.sort(descending=True).values
+    # With the m largest at 1, the others share count - m in proportion: the smallest m for which none is above 1.
+    rest_O = sorted_O.flip(0).cumsum(0).flip(0)
+    fixed_O = torch.arange(len(size_O), device=size_O.device)
+    fits = sorted_O * (count - fixed_O) <= rest_O
+    fixed = int(fits.to(torch.int8).argmax()) if count < len(size_O) else len(size_O)
+    if fixed == len(size_O):
+        return torch.ones_like(size_O)
+    return (size_O * ((count - fixed) / rest_O[fixed])).clamp(max=1)
+
+
+def _systematic(p_O: Tensor, count: int, key: Tensor, stream: int) -> Tensor:
+    order_O = bits(key, stream, torch.arange(len(p_O), device=p_O.device)).argsort()
+    ends_O = p_O[order_O].cumsum(0)
+    u = uniform(key, torch.tensor(stream + 1, device=p_O.device), torch.tensor(0, device=p_O.device))
+    points_K = (torch.arange(count, device=p_O.device) + u) * (ends_O[-1] / count)
+    return order_O[torch.searchsorted(ends_O, points_K, right=True).clamp(max=len(p_O) - 1)].sort().values
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight.detach().flatten(1), dim=1, dtype=torch.float32)

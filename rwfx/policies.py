@@ -1,0 +1,251 @@
+"""Row policies: how the rows of a step are chosen. Give one to ``rwfx.transform(model, rows=...)``.
+
+A policy is data: what is asked for, and the equations by which it is done. It acts in one of two places, which the
+transformed graph shows:
+
+*before the forward*, where a sampler draws the row sets from the weights, from what it remembers and from its own
+random stream: ``RandomWalk``, ``AdaptiveWalk``, ``LearnedWalk``, ``Uniform``, ``Magnitude``;
+
+*in the backward*, where each call chooses its rows from the gradient that arrives: ``TopK``.
+
+``density`` is everywhere a share of a weight's rows, rounded up: a number, a schedule (``rwfx.schedules``), or a
+mapping from names of weights or modules (``*`` and ``?`` match any letters, the first that matches counts) to either;
+a weight that no name matches stays dense. With numbers no shape changes from step to step; with a schedule the density
+may change at every step, and nothing is compiled again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+from rwfx.arguments import check_number
+from rwfx.schedules import Schedule, check_density
+
+Density = float | Schedule
+Densities = Density | Mapping[str, Density]
+Start = str | Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[float]]
+
+
+@dataclass(frozen=True)
+class RandomWalk:
+    """The rows that random walks visit, from the outputs back to the inputs.
+
+    A walk starts at a row of an output weight and steps towards the input: at row ``i`` it draws input feature ``j``
+    with
+
+        p(j | i) = (1 - epsilon) * |W[i, j]| ** (1 / temperature) / (sum over j')  +  epsilon / (number of features)
+
+    and goes on at the row that produces feature ``j``.
+
+    Args:
+        num_paths: walks a step; 50 where ``density`` is not given either, and with ``density`` by default twice as many
+            as the largest row set.
+        density: every row set then has so many rows: those that the first walks come by, and where the walks visit
+            fewer, others as well, uniformly without replacement.
+        temperature: above 0; towards 0 a walk takes the largest weight, at infinity any.
+        epsilon: from 0 to 1, the probability of a uniform step.
+        min_rows: a row set with fewer rows is filled up to so many, uniformly without replacement.
+        start: at which rows of an output weight walks start. ``"uniform"``; ``"gradient"``, in proportion to the last
+            output gradient's magnitude, sum over the batch of ``|g|``; ``"labels"``, as often as each row is a label
+            given to ``sparse_model.start_from(labels)`` before the forward (a classifier's head, a vocabulary); or a
+            weight per row, for several output weights by their names.
+        unbiased: divide a row's output gradient by the probability with which the row is in its set, so that the
+            expected gradient is the dense one. The probability is exact: that of the drawn walks, given where they
+            stood one weight above. It needs a model whose weights form a tree (no residual additions, no weight used
+            twice) and row sets as the walks visit them (no ``density``, ``min_rows`` at most 1, new rows at every
+            step).
+
+    Source: the weight graph's random walks are this library's own; importance weighting is Horvitz & Thompson, "A
+    Generalization of Sampling Without Replacement from a Finite Universe", JASA 1952.
+    """
+
+    num_paths: int | None = None
+    density: Densities | None = None
+    temperature: float = 1.0
+    epsilon: float = 0.0
+    min_rows: int = 1
+    start: Start = "uniform"
+    unbiased: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_paths is not None:
+            check_number("num_paths", self.num_paths, Integral, 1)
+        if self.density is not None:
+            check_densities(self.density)
+        check_number("temperature", self.temperature, Real, 0, above=True)
+        check_number("epsilon", self.epsilon, Real, 0, 1)
+        check_number("min_rows", self.min_rows, Integral, 0)
+        if isinstance(self.start, str) and self.start not in STARTS:
+            raise ValueError(
+                f"start must be one of {', '.join(map(repr, STARTS))} or weights per row, got {self.start!r}."
+            )
+        if self.unbiased and (self.density is not None or self.min_rows > 1):
+            raise ValueError(
+                "unbiased=True knows the probability of a row that walks visit, not of one that is added: it needs "
+                "num_paths in place of density, and min_rows at most 1. Uniform and Magnitude are unbiased at any "
+                "density."
+            )
+
+
+STARTS = ("uniform", "gradient", "labels")
+
+
+@dataclass(frozen=True)
+class AdaptiveWalk(RandomWalk):
+    """Walks that also follow the gradient that each row was last seen to have.
+
+    With ``s`` the running mean of each row's output-gradient magnitude, which a backward pass sees for every row at no
+    further product,
+
+        s[r]     = memory * s[r] + (1 - memory) * sum over the batch of |g[., r]|        after each backward
+        p(j | i) ~ |W[i, j]| ** (1 / temperature) * (s[j] / mean(s) + floor) ** power
+
+    where ``s[j]`` is that of the row which produces feature ``j``. The input gradient of a row-sparse call is then
+    computed in all its columns (a plain walk's is confined to those that are read). ``s`` is a part of
+    ``sampler_state``.
+
+    Args:
+        power: how sharply the walks follow ``s``; 0 is a plain walk.
+        memory: from 0 to below 1.
+        floor: above 0; what keeps rows in play whose gradient was zero.
+        others: as for ``RandomWalk``; ``start="gradient"`` here follows ``(s / mean(s) + floor) ** power``.
+    """
+
+    start: Start = "gradient"
+    power: float = 2.0
+    memory: float = 0.9
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("power", self.power, Real, 0)
+        check_number("memory", self.memory, Real, 0, 1)
+        if self.memory == 1:
+            raise ValueError("memory must be below 1: with 1 nothing new is ever remembered.")
+        check_number("floor", self.floor, Real, 0, above=True)
+
+
+@dataclass(frozen=True)
+class LearnedWalk(RandomWalk):
+    """Walks that learn from the rows they chose: a bandit with an optimistic start.
+
+    Each row has a preference ``q``, at first ``optimism``. After a step with the row set ``R`` the *usefulness* of its
+    rows is their share of the gradient, ``u[r] = m[r] / mean(m[R])`` with ``m[r]`` the sum over the batch of ``|g[.,
+    r]|``, and
+
+        q[r] = q[r] + rate * (u[r] - q[r])               r in R
+        q[r] = q[r] + forget * (optimism - q[r])         other rows: what was once useless may no longer be
+        p(j | i) ~ |W[i, j]| ** (1 / temperature) * max(q[j], floor) ** power
+
+    Only the gradient of the chosen rows is looked at, so that a step costs what a plain walk's does. ``q`` is a part of
+    ``sampler_state``.
+
+    Args:
+        rate, forget: from 0 to 1.    optimism: above 0; useful rows have ``u = 1`` on average.
+        power, floor: as for ``AdaptiveWalk``.
+
+    Source: R. Sutton & A. Barto, *Reinforcement Learning*, 2nd ed., 2018: constant step size (equation 2.5) and
+    optimistic initial values (section 2.6). Forgetting towards the optimistic value is this library's own.
+    """
+
+    power: float = 2.0
+    rate: float = 0.3
+    forget: float = 0.01
+    optimism: float = 2.0
+    floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("power", self.power, Real, 0)
+        check_number("rate", self.rate, Real, 0, 1)
+        check_number("forget", self.forget, Real, 0, 1)
+        check_number("optimism", self.optimism, Real, 0, above=True)
+        check_number("floor", self.floor, Real, 0, above=True)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The rows with the largest gradient of this very step, chosen in the backward pass:
+
+        R = the K rows with the largest sum over the batch of |g[., r]|
+
+    which is meProp's unified rule. What a call hands on is already confined to its rows when the call before it
+    chooses. ``sparse_model.rows`` is that of the last backward.
+
+    Source: X. Sun, X. Ren, S. Ma, B. Wei, W. Li, H. Wang, "Training Simplification and Model Simplification for Deep
+    Learning: A Minimal Effort Back Propagation Method" (meProp), IEEE TKDE 2018, section 3 (unified top-k).
+    """
+
+    density: Densities
+
+    def __post_init__(self) -> None:
+        check_densities(self.density)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Rows drawn uniformly without replacement, K of O: the control of every other choice.
+
+    Args:
+        unbiased: multiply a kept row's output gradient by ``O / K``, the exact inverse of its probability, so that the
+            expected gradient is the dense one; each weight must be used once.
+    """
+
+    density: Densities
+    unbiased: bool = False
+
+    def __post_init__(self) -> None:
+        check_densities(self.density)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Rows drawn without replacement by the size of their weights, K of O.
+
+    Row ``r`` is in the set with probability
+
+        p[r] = min(1, c * |W[r]| ** power)        |W[r]| the Euclidean norm, c such that the p add up to K
+
+    drawn by systematic sampling in random order, which has exactly these probabilities. ``power=0`` is uniform; a
+    large one keeps the rows with the largest norms.
+
+    Args:
+        refresh: compute the norms anew every so many steps.
+        unbiased: divide a kept row's output gradient by ``p[r]``; each weight must be used once.
+
+    Source: W. Madow, "On the Theory of Systematic Sampling, II", Annals of Mathematical Statistics 1949; in random
+    order: H. Hartley & J. Rao, "Sampling with Unequal Probabilities and without Replacement", ibid. 1962.
+    """
+
+    density: Densities
+    power: float = 1.0
+    refresh: int = 20
+    unbiased: bool = False
+
+    def __post_init__(self) -> None:
+        check_densities(self.density)
+        check_number("power", self.power, Real, 0)
+        check_number("refresh", self.refresh, Integral, 1)
+
+
+Policy = RandomWalk | TopK | Uniform | Magnitude
+
+
+def check_densities(density: Any) -> None:
+    """Refuse what is no density, schedule, or mapping from names to either.
+
+    Raises:
+        TypeError, ValueError: says what was met.
+    """
+    if not isinstance(density, Mapping):
+        check_density("density", density)
+        return
+    if not density:
+        raise ValueError("density is an empty mapping: it must name at least one weight or module.")
+    for name, of in density.items():
+        if not isinstance(name, str):
+            raise TypeError(f"density must map names of weights or modules (str) to densities, got the name {name!r}.")
+        check_density(f"density[{name!r}]", of)
