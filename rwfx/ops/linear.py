@@ -193,7 +193,7 @@ class _Linear(torch.autograd.Function):
         ctx.activation = _activation(activation)
         a = ctx.activation.forward(x) if ctx.activation else x
         ctx.kept = kept_weight is not None
-        trained = (kept_weight if ctx.kept else weight).requires_grad
+        trained = (weight if kept_weight is None else kept_weight).requires_grad
         activated = (x if ctx.activation.of_input else a) if ctx.activation and x.requires_grad else None
         # Only what the backward pass reads.
         weight_read = weight if x.requires_grad else None
