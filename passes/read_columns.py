@@ -3,11 +3,13 @@
 Where only pointwise operations lie between a row-sparse call and the one that produced its input, the gradient of that
 input goes back, number by number, to an operator that reads the columns of its own row set and no others. So the other
 columns need not be computed: a second factor of density on the product ``dx = g @ W``, and all gradients of parameters
-stay as they are.
+stay as they are. A call that chooses its rows in the backward pass, or notes the magnitudes of all of them, reads every
+column: what it feeds is not confined.
 """
 
 import copy
 import operator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from rwfx.label_rules import bare_name
 from rwfx.ops.linear import ACTIVATIONS
 
 ROW_LINEAR = torch.ops.rwfx.row_linear.default
+ARGUMENTS = ROW_LINEAR._schema.arguments
 
 # What row_linear can do itself, by class; by bare name it is ACTIVATIONS.
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -51,7 +54,7 @@ def read_columns(gm: GraphModule) -> GraphModule:
     outputs and the gradients of parameters are unchanged; that of an activation in between may have zeros more.
     """
     confined = GraphModule(gm, copy.deepcopy(gm.graph))
-    calls = [node for node in confined.graph.nodes if node.target is ROW_LINEAR and node.args[4] == "rows"]
+    calls = [node for node in confined.graph.nodes if node.target is ROW_LINEAR and _argument(node, "dx") == "rows"]
     for call in calls:
         columns = _columns(confined, call)
         if columns is None:
@@ -81,11 +84,26 @@ def _columns(gm: GraphModule, call: Node) -> Node | None:
                 return None
             between = between.prev
         if at.target is ROW_LINEAR:
-            return at.args[3] if at.args[4] == "rows" else None  # type: ignore[return-value]
+            return None if _reads_all(at) else _argument(at, "rows")
         if not _is_pointwise(gm, at):
             return None
         (at,) = at.all_input_nodes
     return None
+
+
+def _reads_all(call: Node) -> bool:
+    """Whether the backward of a row-sparse call reads more of its output's gradient than its row set."""
+    all_seen = _argument(call, "seen") is not None and _argument(call, "seen_all")
+    return _argument(call, "dx") != "rows" or _argument(call, "chosen") is not None or all_seen
+
+
+def _argument(call: Node, name: str) -> Any:
+    """What a row-sparse call is given, in its place, by name or by default."""
+    for value, argument in zip(call.args, ARGUMENTS, strict=False):
+        if argument.name == name:
+            return value
+    (default,) = (argument.default_value for argument in ARGUMENTS if argument.name == name)
+    return call.kwargs.get(name, default)
 
 
 def _is_pointwise(gm: GraphModule, node: Node) -> bool:

@@ -1,7 +1,8 @@
 // rwfx::row_linear on the CPU: its autograd, and its backward as one operator, rwfx::row_linear_backward.
 //
 // The equations are those of rwfx/ops/linear.py, in the same letters. The products are PyTorch's own; around them, the
-// rows and columns are gathered and scattered in one pass each, and a set of all rows is not gathered at all.
+// rows and columns are gathered and scattered in one pass each, and a set of all rows is not gathered at all. So are
+// rwfx::observe_, rwfx::top_rows and rwfx::record_ of rwfx/ops/observe.py, which that backward calls first.
 
 #include "rows.h"
 
@@ -10,6 +11,7 @@
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sigmoid_backward.h>
@@ -24,6 +26,12 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <numeric>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -155,6 +163,125 @@ Tensor pack(const Tensor& values, const Tensor& rows, int64_t num_rows) {
   return at::_sparse_coo_tensor_unsafe(rows.clone().unsqueeze(0), values, sizes, values.options(), true);
 }
 
+// The magnitudes of the columns of x (..., O), all or those given: (K,) float32. They are added up in an order that is
+// the same for every column, so that equal columns have equal magnitudes.
+Tensor magnitudes(const Tensor& x, const optional<Tensor>& columns) {
+  constexpr int64_t TILE = 256, BLOCK = 512, LANES = 32;
+  const Tensor x_BO = x.reshape({-1, x.size(-1)});
+  const int64_t batch = x_BO.size(0), down = x_BO.stride(0), across = x_BO.stride(1);
+  const int64_t count = columns ? columns->numel() : x_BO.size(1);
+  const int64_t* at = columns ? columns->const_data_ptr<int64_t>() : nullptr;
+  Tensor out = at::empty({count}, x.options().dtype(at::kFloat));
+  float* to = out.mutable_data_ptr<float>();
+  RWFX_DISPATCH(x.scalar_type(), "rwfx::magnitudes", [&] {
+    const scalar_t* from = x_BO.const_data_ptr<scalar_t>();
+    const auto column = [&](int64_t k) { return (at ? at[k] : k) * across; };
+    const auto size = [](scalar_t number) { return std::abs(static_cast<float>(number)); };
+    const auto stored_by_columns = [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const scalar_t* numbers = from + column(k);
+        std::array<float, LANES> lanes{};
+        int64_t b = 0;
+        for (; b + LANES <= batch; b += LANES) {
+          for (int64_t l = 0; l < LANES; ++l) {
+            lanes[l] += size(numbers[b + l]);
+          }
+        }
+        for (int64_t l = 0; b < batch; ++b, ++l) {
+          lanes[l] += size(numbers[b]);
+        }
+        to[k] = std::accumulate(lanes.begin(), lanes.end(), 0.0f);
+      }
+    };
+    // In tiles that stay in the cache, and in blocks of the batch: a long sum of small numbers loses them.
+    const auto stored_by_rows = [&](int64_t begin, int64_t end) {
+      std::fill(to + begin, to + end, 0.0f);
+      for (int64_t first = begin; first < end; first += TILE) {
+        const int64_t tile = std::min(TILE, end - first);
+        for (int64_t block = 0; block < batch; block += BLOCK) {
+          std::array<float, TILE> sums{};
+          for (int64_t b = block; b < std::min(batch, block + BLOCK); ++b) {
+            const scalar_t* numbers = from + b * down;
+            if (at == nullptr && across == 1) {
+              for (int64_t k = 0; k < tile; ++k) {
+                sums[k] += size(numbers[first + k]);
+              }
+            } else {
+              for (int64_t k = 0; k < tile; ++k) {
+                sums[k] += size(numbers[column(first + k)]);
+              }
+            }
+          }
+          for (int64_t k = 0; k < tile; ++k) {
+            to[first + k] += sums[k];
+          }
+        }
+      }
+    };
+    if (down == 1 && across != 1) {
+      at::parallel_for(0, count, grain(batch), stored_by_columns);
+    } else {
+      at::parallel_for(0, count, grain(batch), stored_by_rows);
+    }
+  });
+  return out;
+}
+
+void observe_(Tensor& seen, const Tensor& g, const optional<Tensor>& given_rows) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const optional<Tensor> rows = given_rows ? optional<Tensor>(given_rows->contiguous()) : given_rows;
+  const Tensor sizes = magnitudes(g, rows);
+  const float* from = sizes.const_data_ptr<float>();
+  const int64_t* at = rows ? rows->const_data_ptr<int64_t>() : nullptr;
+  auto to = seen.accessor<float, 1>();
+  for (int64_t k = 0; k < sizes.numel(); ++k) {
+    to[at ? at[k] : k] = from[k];
+  }
+  torch::autograd::impl::bump_version(seen);
+}
+
+Tensor top_rows(const Tensor& g, int64_t count) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const int64_t num_rows = g.size(-1);
+  TORCH_CHECK_VALUE(
+      0 <= count && count <= num_rows, "top_rows takes from 0 to all ", num_rows, " rows, got count=", count, ".");
+  const Tensor sizes = magnitudes(g, {});
+  const float* from = sizes.const_data_ptr<float>();
+  // The smaller, the earlier a row is taken: the bits of a number that is not negative are in its order, and the row's
+  // own number tells equal rows apart.
+  std::vector<uint64_t> turns(num_rows);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const float size = std::isfinite(from[row]) ? from[row] : std::numeric_limits<float>::infinity();
+    turns[row] = static_cast<uint64_t>(~std::bit_cast<uint32_t>(size)) << 32 | static_cast<uint64_t>(row);
+  }
+  Tensor rows = at::empty({count}, g.options().dtype(at::kLong));
+  if (count > 0) {
+    std::vector<uint64_t> ordered = turns;
+    std::nth_element(ordered.begin(), ordered.begin() + (count - 1), ordered.end());
+    const uint64_t last = ordered[count - 1];
+    int64_t* to = rows.mutable_data_ptr<int64_t>();
+    for (int64_t row = 0; row < num_rows; ++row) {
+      if (turns[row] <= last) {
+        *to++ = row;
+      }
+    }
+  }
+  return rows;
+}
+
+void record_(Tensor& chosen, const Tensor& given_rows) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Tensor rows = given_rows.contiguous();
+  const int64_t count = rows.numel();
+  const int64_t* from = rows.const_data_ptr<int64_t>();
+  auto to = chosen.accessor<int64_t, 1>();
+  to[0] = count;
+  for (int64_t k = 0; k < chosen.numel() - 1; ++k) {
+    to[k + 1] = k < count ? from[k] : 0;
+  }
+  torch::autograd::impl::bump_version(chosen);
+}
+
 // What may be computed of the input first: its forward, and its backward from the output's gradient and from either the
 // input or the output.
 struct Activation {
@@ -196,6 +323,7 @@ Gradients backward(
     const optional<Tensor>& weight,
     const Tensor& given_rows,
     const optional<Tensor>& given_columns,
+    const optional<Tensor>& scale,
     bool needs_bias,
     at::ScalarType x_dtype,
     at::ScalarType dtype,
@@ -208,7 +336,10 @@ Gradients backward(
   const int64_t num_rows = g.size(-1);
   const bool all_rows = rows.numel() == num_rows;
   const Tensor g_BO = g.reshape({-1, num_rows});
-  const Tensor g_BK = all_rows ? g_BO : gather_columns(g_BO, rows);
+  Tensor g_BK = all_rows ? g_BO : gather_columns(g_BO, rows);
+  if (scale) {
+    g_BK = at::mul(g_BK, scale->to(g.scalar_type()));
+  }
   const auto of_parameter = [&](Tensor values) {
     values = values.to(dtype);
     return grad == "kept" ? values : grad == "rows" ? pack(values, rows, num_rows) : scatter_rows(values, rows, num_rows);
@@ -248,10 +379,79 @@ Gradients backward(
   return {dx, dw, db};
 }
 
-void check_rows(const Tensor& rows) {
+// Sizes are compared as symbols: this runs too where a compiler traces it.
+void check(
+    const Tensor& weight,
+    const Tensor& rows,
+    const optional<Tensor>& scale,
+    const optional<Tensor>& seen,
+    const optional<Tensor>& chosen,
+    bool kept) {
   TORCH_CHECK_VALUE(
       rows.scalar_type() == at::kLong && rows.dim() == 1,
-      "rows must be a one-dimensional int64 tensor of row numbers, got ", rows.scalar_type(), " of shape ", rows.sizes(), ".");
+      "rows must be a one-dimensional int64 tensor of row numbers, got ", rows.scalar_type(), " of shape ",
+      rows.sym_sizes(), ".");
+  TORCH_CHECK_VALUE(
+      !chosen || (!scale && !kept), scale ? "scale" : "kept_weight and kept_bias",
+      " cannot be given with chosen: they belong to rows that are known in the forward pass, and these are chosen in "
+      "the backward pass.");
+  if (scale) {
+    TORCH_CHECK_VALUE(
+        at::isFloatingType(scale->scalar_type()) && scale->dim() == 1,
+        "scale must be a one-dimensional floating-point tensor, got ", scale->scalar_type(), " of shape ",
+        scale->sym_sizes(), ".");
+    TORCH_CHECK_VALUE(
+        scale->sym_size(0).sym_eq(rows.sym_size(0)).expect_true(__FILE__, __LINE__),
+        "scale must have a number for each of the ", rows.sym_size(0), " rows, got ", scale->sym_size(0), ".");
+  }
+  const auto check_buffer = [&](const char* name, const optional<Tensor>& buffer, at::ScalarType type, int more) {
+    if (buffer) {
+      const c10::SymInt length = weight.sym_size(0) + more;
+      TORCH_CHECK_VALUE(
+          buffer->scalar_type() == type && buffer->dim() == 1 && buffer->sym_size(0) == length,
+          name, " must be a ", type, " tensor of shape (", length, ",), got ", buffer->scalar_type(), " of shape ",
+          buffer->sym_sizes(), ".");
+    }
+  };
+  check_buffer("seen", seen, at::kFloat, 0);
+  check_buffer("chosen", chosen, at::kLong, 1);
+}
+
+template <class Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// The row set of a backward pass, once what is asked for of the output's gradient is written down.
+Tensor begin(AutogradContext* ctx, const Tensor& g, const Tensor& given_rows) {
+  const auto& kept = ctx->saved_data;
+  const auto buffer = [&](const char* name) {
+    const auto found = kept.find(name);
+    return found == kept.end() ? optional<Tensor>() : optional<Tensor>(found->second.toTensor());
+  };
+  const optional<Tensor> chosen = buffer("chosen");
+  optional<Tensor> seen = buffer("seen");
+  if (!seen && !chosen) {
+    return given_rows;
+  }
+  // Operators, as a compiler traces this.
+  static const auto observe = find_op<void(Tensor&, const Tensor&, const optional<Tensor>&)>("rwfx::observe_");
+  static const auto top = find_op<Tensor(const Tensor&, c10::SymInt)>("rwfx::top_rows");
+  static const auto record = find_op<void(Tensor&, const Tensor&)>("rwfx::record_");
+  const bool all_seen = seen && kept.at("seen_all").toBool();
+  Tensor rows = given_rows;
+  if (all_seen) {
+    observe.call(*seen, g, {});
+  }
+  if (chosen) {
+    rows = top.call(all_seen ? *seen : g, given_rows.sym_size(0));
+    Tensor written = *chosen;
+    record.call(written, rows);
+  }
+  if (seen && !all_seen) {
+    observe.call(*seen, g, rows);
+  }
+  return rows;
 }
 
 class RowLinear : public torch::autograd::Function<RowLinear> {
@@ -269,8 +469,12 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
       std::string_view grad,
       optional<at::ScalarType> dtype,
       std::string_view activation,
-      bool direct) {
-    check_rows(rows);
+      bool direct,
+      const optional<Tensor>& scale,
+      const optional<Tensor>& seen,
+      bool seen_all,
+      const optional<Tensor>& chosen) {
+    check(weight, rows, scale, seen, chosen, kept_weight || kept_bias);
     const Activation* of = activation_of(activation);
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor a = of ? of->forward(x) : x;
@@ -282,7 +486,16 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         needs_x ? weight : Tensor(),
         rows,
         columns.value_or(Tensor()),
+        scale.value_or(Tensor()),
     });
+    // Not saved: autograd would refuse a buffer that another call's backward pass has written since.
+    if (seen) {
+      ctx->saved_data["seen"] = *seen;
+      ctx->saved_data["seen_all"] = seen_all;
+    }
+    if (chosen) {
+      ctx->saved_data["chosen"] = *chosen;
+    }
     ctx->saved_data["edges"] = std::vector<bool>{
         bias.has_value() && bias->defined(), kept_weight.has_value(), kept_bias.has_value()};
     ctx->saved_data["full_dx"] = dx == "full";
@@ -314,16 +527,15 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
     const auto given = [&](size_t k, bool wanted) {
       return wanted && saved[k].defined() ? optional<Tensor>(saved[k]) : optional<Tensor>();
     };
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("rwfx::row_linear_backward", "")
-                               .typed<decltype(rwfx::backward)>();
+    static const auto op = find_op<decltype(rwfx::backward)>("rwfx::row_linear_backward");
     const auto [dx, dw, db] = op.call(
         gradients[0],
         given(0, kept ? of_kept_weight : of_weight),
         given(1, needs_x),
         given(2, needs_x),
-        saved[3],
+        begin(ctx, gradients[0], saved[3]),
         given(4, true),
+        given(5, true),
         kept ? of_kept_bias : of_bias,
         static_cast<at::ScalarType>(dtypes[0]),
         static_cast<at::ScalarType>(dtypes[1]),
@@ -331,7 +543,7 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         grad,
         ctx->saved_data["activation"].toStringRef(),
         ctx->saved_data["direct"].toBool());
-    variable_list all(12);
+    variable_list all(16);
     all[0] = dx;
     all[kept ? 3 : 1] = dw;
     all[kept ? 4 : 2] = db;
@@ -351,19 +563,30 @@ Tensor row_linear(
     const optional<Tensor>& kept_bias,
     const optional<Tensor>& columns,
     std::string_view activation,
-    bool direct) {
-  return RowLinear::apply(x, weight, bias, kept_weight, kept_bias, rows, columns, dx, grad, dtype, activation, direct);
+    bool direct,
+    const optional<Tensor>& scale,
+    const optional<Tensor>& seen,
+    bool seen_all,
+    const optional<Tensor>& chosen) {
+  return RowLinear::apply(
+      x, weight, bias, kept_weight, kept_bias, rows, columns, dx, grad, dtype, activation, direct, scale, seen,
+      seen_all, chosen);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rwfx, CPU, m) {
   m.impl("row_linear_backward", backward);
+  m.impl("observe_", observe_);
+  m.impl("top_rows", top_rows);
+  m.impl("record_", record_);
 }
 
 TORCH_LIBRARY_IMPL(rwfx, AutogradCPU, m) {
   m.impl("row_linear", row_linear);
-  m.impl("row_linear_backward", torch::CppFunction::makeFallthrough());
+  for (const char* op : {"row_linear_backward", "observe_", "top_rows", "record_"}) {
+    m.impl(op, torch::CppFunction::makeFallthrough());
+  }
 }
 
 }  // namespace rwfx

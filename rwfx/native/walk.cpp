@@ -13,6 +13,9 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <optional>
+#include <set>
 #include <vector>
 
 namespace rwfx {
@@ -61,14 +64,15 @@ std::vector<Station> unpack(at::IntArrayRef layout) {
   return stations;
 }
 
-// |w| ** (1 / temperature) of one row, and its sums over blocks.
-template <typename scalar_t>
+// |w| ** (1 / temperature) of one row, where `weighted` times its factors, and the sums over blocks.
+template <typename scalar_t, bool weighted>
 class Row {
  public:
-  using real = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+  // A product of two small float numbers would be zero.
+  using real = std::conditional_t<weighted || std::is_same_v<scalar_t, double>, double, float>;
 
-  Row(const scalar_t* w, int64_t features, double temperature, std::vector<double>& block_sums)
-      : w_(w), features_(features), power_(1 / temperature), block_sums_(block_sums) {
+  Row(const scalar_t* w, const double* factors, int64_t features, double temperature, std::vector<double>& block_sums)
+      : w_(w), factors_(factors), features_(features), power_(1 / temperature), block_sums_(block_sums) {
     if (temperature != 1) {
       real largest = 0;
       for (int64_t i = 0; i < features; ++i) {
@@ -84,7 +88,7 @@ class Row {
       if (power_ == 1) {
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = b * BLOCK; i < end; ++i) {
-          sum += std::abs(static_cast<real>(w[i]));
+          sum += times_factor(std::abs(static_cast<real>(w[i])), i);
         }
       } else {
         for (int64_t i = b * BLOCK; i < end; ++i) {
@@ -134,14 +138,41 @@ class Row {
     return found;
   }
 
+  // The probability of each feature, where with probability epsilon it is drawn uniformly.
+  void chances(double epsilon, double* out) const {
+    if (!drawable()) {
+      std::fill(out, out + features_, 1.0 / features_);
+      return;
+    }
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < features_; ++i) {
+      out[i] = size(i);
+      total += out[i];
+    }
+    const double by_weight = (1 - epsilon) / total, uniformly = epsilon / features_;
+    for (int64_t i = 0; i < features_; ++i) {
+      out[i] = out[i] * by_weight + uniformly;
+    }
+  }
+
  private:
   real size(int64_t i) const {
     const real own = std::abs(static_cast<real>(w_[i]));
     // Divided by the row's largest first: the power of a large weight would overflow.
-    return power_ == 1 ? own : std::pow(own / largest_, static_cast<real>(power_));
+    return times_factor(power_ == 1 ? own : std::pow(own / largest_, static_cast<real>(power_)), i);
+  }
+
+  real times_factor(real own, int64_t i) const {
+    if constexpr (weighted) {
+      return own * factors_[i];
+    } else {
+      return own;
+    }
   }
 
   const scalar_t* w_;
+  const double* factors_;
   int64_t features_;
   double power_, largest_ = 1, total_ = 0;
   std::vector<double>& block_sums_;
@@ -155,9 +186,10 @@ Tensor readable(const Tensor& weight) {
 }
 
 // Give every walker, ordered by row, its next feature.
-template <typename scalar_t>
+template <typename scalar_t, bool weighted>
 void draw_features(
     const Tensor& weight,
+    const double* factors,
     const std::vector<Walker>& walkers,
     int64_t base,
     int64_t station,
@@ -171,7 +203,7 @@ void draw_features(
     std::vector<double> block_sums;
     for (int64_t k = begin; k < end;) {
       const int64_t id = walkers[k].id;
-      const Row<scalar_t> row(w + (id - base) * width, width, temperature, block_sums);
+      const Row<scalar_t, weighted> row(w + (id - base) * width, factors, width, temperature, block_sums);
       const bool drawable = row.drawable();
       for (; k < end && walkers[k].id == id; ++k) {
         const uint64_t walk = walkers[k].walk;
@@ -182,6 +214,154 @@ void draw_features(
     }
   });
 }
+
+// The probability of each id of a tree to be come by, given where the walks stood at the station above.
+class Chances {
+ public:
+  explicit Chances(const std::vector<Station>& stations) : stations_(stations), nobody_(stations.size(), 1) {
+    int64_t ids = 0;
+    for (const Station& s : stations) {
+      ids = std::max(ids, s.base + s.size);
+    }
+    visited_.assign(ids, 0);
+  }
+
+  // Walks that are dealt to a head: each is at `ids[i]` with the probability `chance[i]`.
+  void start(int64_t head, const int64_t* ids, const std::vector<double>& chance, int64_t walks) {
+    const Station& s = stations_[head];
+    step_.assign(s.size, 0);
+    for (size_t i = 0; i < chance.size(); ++i) {
+      step_[ids[i] - s.base] += chance[i];
+    }
+    arrive(head, step_.data(), walks);
+  }
+
+  // All walkers of a station, ordered by row, take a step by which a feature leads to the id in its table.
+  template <typename scalar_t, bool weighted>
+  void step(
+      const Station& from,
+      const Tensor& weight,
+      const double* factors,
+      const int64_t* table,
+      const std::vector<Walker>& walkers,
+      double temperature,
+      double epsilon) {
+    const int64_t width = weight.size(1);
+    const scalar_t* w = weight.const_data_ptr<scalar_t>();
+    int64_t low = std::numeric_limits<int64_t>::max(), high = 0;
+    for (const int64_t target : from.targets) {
+      low = std::min(low, stations_[target].base);
+      high = std::max(high, stations_[target].base + stations_[target].size);
+    }
+    bool in_order = high - low == width;  // feature j leads to row j: the usual table
+    for (int64_t j = 0; in_order && j < width; ++j) {
+      in_order = table[j] == low + j;
+    }
+    feature_.resize(width);
+    for (size_t k = 0; k < walkers.size();) {
+      const int64_t id = walkers[k].id;
+      int64_t walks = 0;
+      for (; k < walkers.size() && walkers[k].id == id; ++k) {
+        ++walks;
+      }
+      const Row<scalar_t, weighted> row(w + (id - from.base) * width, factors, width, temperature, block_sums_);
+      row.chances(epsilon, feature_.data());
+      if (!in_order) {
+        step_.assign(high - low, 0);
+        for (int64_t j = 0; j < width; ++j) {
+          if (table[j] >= 0) {
+            step_[table[j] - low] += feature_[j];
+          }
+        }
+      }
+      double* step = in_order ? feature_.data() : step_.data();
+      for (const int64_t target : from.targets) {
+        arrive(target, step + stations_[target].base - low, walks);
+      }
+    }
+  }
+
+  // Of a row, where one of `size` rows is drawn in case that no walk arrives, if `fills_up`.
+  double of(int64_t station, int64_t row, bool fills_up) const {
+    const Station& s = stations_[station];
+    return visited_[s.base + row] + (fills_up ? nobody_[station] / static_cast<double>(s.size) : 0);
+  }
+
+ private:
+  // That at least one of two independent events comes true: 1 - (1 - a) (1 - b), without its cancellation.
+  static double either(double a, double b) {
+    return a + b * (1 - a);
+  }
+
+  // Each of so many walks comes to the station's rows with the probabilities `step`, which is used up.
+  void arrive(int64_t station, double* step, int64_t walks) {
+    const Station& s = stations_[station];
+    double* visited = visited_.data() + s.base;
+    double any = 0;
+#pragma omp simd reduction(+ : any)
+    for (int64_t i = 0; i < s.size; ++i) {
+      any += step[i];
+    }
+    nobody_[station] *= std::pow(std::max(0.0, 1 - any), static_cast<double>(walks));
+    for (; walks > 0; walks >>= 1) {  // of 1, 2, 4, ... walks at a time
+      if (walks & 1) {
+        for (int64_t i = 0; i < s.size; ++i) {
+          visited[i] = either(visited[i], step[i]);
+        }
+      }
+      if (walks > 1) {
+        for (int64_t i = 0; i < s.size; ++i) {
+          step[i] = either(step[i], step[i]);
+        }
+      }
+    }
+  }
+
+  const std::vector<Station>& stations_;
+  std::vector<double> visited_, nobody_, step_, feature_, block_sums_;
+};
+
+// What the starts of a head are drawn by: uniformly, unless there are weights that they can be drawn by.
+class Starts {
+ public:
+  Starts(const Tensor& ids, const Tensor* weights) : ids_(ids.const_data_ptr<int64_t>()), count_(ids.numel()) {
+    if (weights) {
+      const Tensor given = weights->to(at::kDouble).contiguous();
+      weights_.assign(given.const_data_ptr<double>(), given.const_data_ptr<double>() + count_);
+      sums_.resize(count_);
+      std::partial_sum(weights_.begin(), weights_.end(), sums_.begin());
+      const double total = sums_.empty() ? 0 : sums_.back();
+      if (!(total > std::numeric_limits<double>::min() && total <= std::numeric_limits<double>::max())) {
+        sums_.clear();
+      }
+    }
+  }
+
+  int64_t draw(double u) const {
+    if (sums_.empty()) {
+      return ids_[static_cast<int64_t>(u * count_)];
+    }
+    const int64_t choice = std::upper_bound(sums_.begin(), sums_.end(), u * sums_.back()) - sums_.begin();
+    return ids_[std::min(choice, count_ - 1)];  // rounding can carry u * total to the total
+  }
+
+  const int64_t* ids() const {
+    return ids_;
+  }
+
+  std::vector<double> chances() const {
+    std::vector<double> chances(count_, 1.0 / count_);
+    for (size_t i = 0; i < sums_.size(); ++i) {
+      chances[i] = weights_[i] / sums_.back();
+    }
+    return chances;
+  }
+
+ private:
+  const int64_t* ids_;
+  int64_t count_;
+  std::vector<double> weights_, sums_;
+};
 
 // Order by row, walks in their order within one. Counting beats comparing once the walks are many.
 void order(std::vector<Walker>& walkers, const Station& station, std::vector<Walker>& spare, std::vector<int64_t>& begin) {
@@ -289,6 +469,95 @@ std::vector<Tensor> read_last(const Tensor& last, size_t kept, const std::vector
   return out;
 }
 
+// Why the stations are no tree of weight uses; nothing if they are one.
+const char* not_a_tree(const std::vector<Station>& stations, at::IntArrayRef heads) {
+  std::set<int64_t> used, led_to(heads.begin(), heads.end());
+  if (led_to.size() < heads.size()) {
+    return "two heads are one use";
+  }
+  for (const Station& s : stations) {
+    if (s.weight < 0) {
+      return "rows are added at a junction";
+    }
+    if (!used.insert(s.weight).second) {
+      return "a weight is used twice";
+    }
+    for (const int64_t target : s.targets) {
+      if (!led_to.insert(target).second) {
+        return "a use is led to by two uses, or is a head too";
+      }
+    }
+  }
+  return nullptr;
+}
+
+void check_shapes(
+    const std::vector<Station>& stations,
+    at::TensorList weights,
+    at::TensorList starts,
+    at::TensorList factors,
+    at::TensorList start_weights) {
+  TORCH_CHECK_VALUE(
+      factors.empty() || factors.size() == stations.size(),
+      "there are ", factors.size(), " factors for ", stations.size(), " stations: give one for each, or none.");
+  for (size_t s = 0; s < factors.size(); ++s) {
+    if (stations[s].weight >= 0 && !stations[s].targets.empty()) {
+      const int64_t features = weights[stations[s].weight].size(1);
+      TORCH_CHECK_VALUE(
+          factors[s].dim() == 1 && factors[s].size(0) == features,
+          "factors[", s, "] has the shape ", factors[s].sizes(), ", the weight there has ", features,
+          " features: give one number for each.");
+    }
+  }
+  TORCH_CHECK_VALUE(
+      start_weights.empty() || start_weights.size() == starts.size(),
+      "there are ", start_weights.size(), " start_weights for ", starts.size(), " heads: give one for each, or none.");
+  for (size_t k = 0; k < start_weights.size(); ++k) {
+    TORCH_CHECK_VALUE(
+        start_weights[k].sizes() == starts[k].sizes(),
+        "start_weights[", k, "] has the shape ", start_weights[k].sizes(), ", its head has ", starts[k].numel(),
+        " starts: give one number for each.");
+  }
+}
+
+// The number of walks, then of each kept weight's rows.
+at::IntArrayRef read_budget(const Tensor& budget, const std::vector<int64_t>& sizes) {
+  const int64_t length = 1 + static_cast<int64_t>(sizes.size());
+  TORCH_CHECK_VALUE(
+      budget.scalar_type() == at::kLong && budget.dim() == 1 && budget.numel() == length && budget.is_contiguous(),
+      "the budget is ", budget.scalar_type(), " ", budget.sizes(), ": it must be contiguous int64 (", length,
+      ",), the number of walks and a number of rows for each kept weight.");
+  const at::IntArrayRef numbers(budget.const_data_ptr<int64_t>(), length);
+  bool fits = numbers[0] >= 0;
+  for (size_t k = 0; k < sizes.size(); ++k) {
+    fits &= 1 <= numbers[k + 1] && numbers[k + 1] <= sizes[k];
+  }
+  TORCH_CHECK_VALUE(
+      fits, "the budget is ", numbers, ": it needs 0 walks or more, then 1 or more rows of each kept weight's ",
+      at::IntArrayRef(sizes), ".");
+  return numbers;
+}
+
+void check_unbiased(
+    const std::vector<Station>& stations,
+    at::IntArrayRef heads,
+    int64_t num_paths,
+    int64_t min_rows,
+    at::IntArrayRef exactly,
+    int64_t resample_every) {
+  const char* reason = not_a_tree(stations, heads);
+  TORCH_CHECK_VALUE(!reason, "unbiased needs walks over a tree of weight uses; here ", reason, ".");
+  TORCH_CHECK_VALUE(
+      exactly.empty(), "unbiased leaves the sizes of row sets to the walks; given are ", exactly, " rows.");
+  TORCH_CHECK_VALUE(
+      resample_every <= 1, "unbiased needs rows that are drawn at every step; resample_every is ", resample_every, ".");
+  TORCH_CHECK_VALUE(min_rows <= 1, "unbiased needs min_rows of 0 or 1, not ", min_rows, ".");
+  const int64_t num_heads = static_cast<int64_t>(heads.size());
+  TORCH_CHECK_VALUE(
+      min_rows == 1 || num_paths >= num_heads, "unbiased needs a row of every head: ", num_paths,
+      " walks leave some of the ", num_heads, " heads without one. Draw more walks, or set min_rows=1.");
+}
+
 std::vector<Tensor> walk(
     at::TensorList weights,
     at::IntArrayRef kept,
@@ -303,11 +572,27 @@ std::vector<Tensor> walk(
     double epsilon,
     int64_t min_rows,
     at::IntArrayRef exactly,
-    int64_t resample_every) {
+    int64_t resample_every,
+    std::optional<at::TensorList> factors_given,
+    std::optional<at::TensorList> start_weights_given,
+    const std::optional<Tensor>& budget,
+    bool unbiased) {
   std::vector<int64_t> sizes, kept_at(weights.size(), -1);
   for (size_t k = 0; k < kept.size(); ++k) {
     sizes.push_back(weights[kept[k]].size(0));
     kept_at[kept[k]] = static_cast<int64_t>(k);
+  }
+  const std::vector<Station> stations = unpack(layout);
+  const at::TensorList factors = factors_given.value_or(at::TensorList());
+  const at::TensorList start_weights = start_weights_given.value_or(at::TensorList());
+  check_shapes(stations, weights, starts, factors, start_weights);
+  if (budget) {
+    const at::IntArrayRef numbers = read_budget(*budget, sizes);
+    num_paths = numbers[0];
+    exactly = numbers.slice(1);
+  }
+  if (unbiased) {
+    check_unbiased(stations, heads, num_paths, min_rows, exactly, resample_every);
   }
   const int64_t seed = state.const_data_ptr<int64_t>()[0], step = state.const_data_ptr<int64_t>()[1];
   if (step % resample_every) {
@@ -315,14 +600,16 @@ std::vector<Tensor> walk(
   }
   // As `mix` in Python: 63 bits.
   const Uniform uniform{split_mix(static_cast<uint64_t>(seed) + (static_cast<uint64_t>(step) + 1) * GOLDEN) >> 1};
-  const std::vector<Station> stations = unpack(layout);
   const int64_t num_stations = static_cast<int64_t>(stations.size());
   const int64_t num_heads = static_cast<int64_t>(heads.size());
 
   std::vector<std::vector<Walker>> waiting(stations.size());
-  std::vector<int64_t> bases;
-  for (const Station& s : stations) {
-    bases.push_back(s.base);
+  std::vector<int64_t> bases, use_of(weights.size());
+  for (int64_t s = 0; s < num_stations; ++s) {
+    bases.push_back(stations[s].base);
+    if (stations[s].weight >= 0) {
+      use_of[stations[s].weight] = s;
+    }
   }
   const auto send = [&](const Station& from, Walker walker) {
     if (walker.id < 0) {
@@ -334,13 +621,16 @@ std::vector<Tensor> walk(
   };
 
   // With fewer walks than output weights, the turn of the first walk moves on from step to step.
+  Chances chances(unbiased ? stations : std::vector<Station>());
   const int64_t turn = static_cast<int64_t>(uniform.key % static_cast<uint64_t>(num_heads));
   for (int64_t k = 0; k < num_heads; ++k) {
-    const int64_t count = starts[k].numel();
-    const int64_t* ids = starts[k].const_data_ptr<int64_t>();
-    for (int64_t walk = (k + turn) % num_heads; walk < num_paths; walk += num_heads) {
-      const double u = uniform(2 * num_stations + k, walk);
-      waiting[heads[k]].push_back({walk, ids[static_cast<int64_t>(u * count)]});
+    const Starts from(starts[k], start_weights.empty() ? nullptr : &start_weights[k]);
+    int64_t dealt = 0;
+    for (int64_t walk = (k + turn) % num_heads; walk < num_paths; walk += num_heads, ++dealt) {
+      waiting[heads[k]].push_back({walk, from.draw(uniform(2 * num_stations + k, walk))});
+    }
+    if (unbiased) {
+      chances.start(heads[k], from.ids(), from.chances(), dealt);
     }
   }
 
@@ -370,10 +660,22 @@ std::vector<Tensor> walk(
     }
     features.resize(walkers.size());
     const Tensor weight = readable(weights[station.weight]);
-    RWFX_DISPATCH(weight.scalar_type(), "rwfx::walk", [&] {
-      draw_features<scalar_t>(weight, walkers, station.base, s, temperature, epsilon, uniform, features);
-    });
     const int64_t* table = tables[s].const_data_ptr<int64_t>();
+    const Tensor own_factors = factors.empty() ? Tensor() : factors[s].to(at::kDouble).contiguous();
+    RWFX_DISPATCH(weight.scalar_type(), "rwfx::walk", [&] {
+      const auto draw = [&](auto weighted, const double* f) {
+        constexpr bool W = decltype(weighted)::value;
+        draw_features<scalar_t, W>(weight, f, walkers, station.base, s, temperature, epsilon, uniform, features);
+        if (unbiased) {
+          chances.step<scalar_t, W>(station, weight, f, table, walkers, temperature, epsilon);
+        }
+      };
+      if (own_factors.defined()) {
+        draw(std::true_type(), own_factors.const_data_ptr<double>());
+      } else {
+        draw(std::false_type(), nullptr);
+      }
+    });
     for (size_t k = 0; k < walkers.size(); ++k) {
       send(station, {walkers[k].walk, table[features[k]]});
     }
@@ -384,12 +686,21 @@ std::vector<Tensor> walk(
   int64_t* bounds = next.mutable_data_ptr<int64_t>();
   int64_t* numbers = bounds + kept.size() + 1;
   int64_t first = 0, count = 0;
+  std::vector<Tensor> scales;
   for (size_t k = 0; k < kept.size(); ++k) {
     const uint64_t stream = 2 * num_stations + num_heads + k;
     const auto set = visits.rows(k, exactly.empty() ? 0 : exactly[k], min_rows, stream, uniform);
     Tensor rows = at::empty({static_cast<int64_t>(set.size())}, last.options());
     std::copy(set.begin(), set.end(), rows.mutable_data_ptr<int64_t>());
     out.push_back(rows);
+    if (unbiased) {
+      Tensor scale = at::empty(rows.sizes(), last.options().dtype(at::kFloat));
+      float* to = scale.mutable_data_ptr<float>();
+      for (const int64_t row : set) {
+        *to++ = static_cast<float>(1 / chances.of(use_of[kept[k]], row, min_rows == 1));
+      }
+      scales.push_back(scale);
+    }
     bounds[k] = count;
     for (const int64_t row : set) {
       numbers[count++] = row + first;
@@ -398,6 +709,7 @@ std::vector<Tensor> walk(
   }
   bounds[kept.size()] = count;
   std::fill(numbers + count, numbers + first, 0);
+  out.insert(out.end(), scales.begin(), scales.end());
   out.push_back(next);
   return out;
 }

@@ -5,9 +5,20 @@ They know tensors and row sets, and nothing of graphs or models.
 
 from rwfx import native
 from rwfx.ops.linear import masked_linear, row_linear
+from rwfx.ops.observe import observe_, record_, top_rows
 from rwfx.ops.row_gradient import keep_rows, pack_rows, take_rows
 from rwfx.ops.walk import walk
 
-__all__ = ["keep_rows", "masked_linear", "pack_rows", "row_linear", "take_rows", "walk"]
+__all__ = [
+    "keep_rows",
+    "masked_linear",
+    "observe_",
+    "pack_rows",
+    "record_",
+    "row_linear",
+    "take_rows",
+    "top_rows",
+    "walk",
+]
 
 native.load_if_built()

@@ -20,17 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwfx.ops.inductor import let_inductor_compare_sparse
+from rwfx.ops.observe import observe_, record_, top_rows
 from rwfx.ops.row_gradient import pack_rows, row_gradient, take_rows
 
 _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define(
     "row_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rows, str dx='rows', str grad='dense', "
     "ScalarType? dtype=None, Tensor? kept_weight=None, Tensor? kept_bias=None, Tensor? columns=None, "
-    "str activation='', bool direct=False) -> Tensor"
+    "str activation='', bool direct=False, Tensor? scale=None, Tensor? seen=None, bool seen_all=True, "
+    "Tensor? chosen=None) -> Tensor"
 )
 _library.define(
     "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rows, str dx='rows', str grad='dense', "
-    "ScalarType? dtype=None, Tensor? kept_weight=None, Tensor? kept_bias=None) -> Tensor"
+    "ScalarType? dtype=None, Tensor? kept_weight=None, Tensor? kept_bias=None, Tensor? scale=None, "
+    "Tensor? seen=None, bool seen_all=True) -> Tensor"
 )
 
 
@@ -47,15 +50,20 @@ def row_linear(
     columns: Tensor | None = None,
     activation: str = "",
     direct: bool = False,
+    scale: Tensor | None = None,
+    seen: Tensor | None = None,
+    seen_all: bool = True,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """``y = a @ weight.T + bias``, ``a = activation(x)``; the backward computes only ``rows`` of the weight's gradient.
 
-    With ``g = dL/dy``, ``R = rows`` and ``C = columns``::
+    With ``g = dL/dy``, ``R = rows``, ``C = columns`` and ``s = scale``, all ones if it is not given::
 
-        da[:, C] = g[:, R] @ weight[R][:, C]      (dx="full": da = g @ weight)
+        h        = g[:, R] * s
+        da[:, C] = h @ weight[R][:, C]            (dx="full": da = g @ weight)
         dx       = da * activation'(x)
-        dw[R]    = g[:, R].T @ a                  zero, or absent, elsewhere
-        db[R]    = g[:, R].sum(0)                 zero, or absent, elsewhere
+        dw[R]    = h.T @ a                        zero, or absent, elsewhere
+        db[R]    = h.sum(0)                       zero, or absent, elsewhere
 
     Args:
         x: ``(*, I)``, any leading shape.    weight: ``(O, I)``.    bias: ``(O,)`` or None.
@@ -75,14 +83,39 @@ def row_linear(
             for ``a = x``. Its backward too is confined to ``columns``.
         direct: a promise, beside ``columns``, that the gradient of ``x`` goes to another ``row_linear`` and to nothing
             else. It may then be laid out by columns, and hold anything in the others.
+        scale: ``(K,)``, floating point: a factor for each kept row's output gradient. It has no gradient itself.
+        seen: ``(O,)`` float32, which the backward pass overwrites with the magnitudes of the rows of ``g``, as
+            ``rwfx.ops.observe_`` does; several calls may share one, and the last to run is seen.
+        seen_all: whether ``seen`` gets all rows, or only those of the set.
+        chosen: ``(O + 1,)`` int64. The backward pass chooses the row set then, ``R = rwfx.ops.top_rows(g, K)``, and
+            writes it here by ``rwfx.ops.record_``. Of ``rows`` only the length counts.
 
-    What needs no gradient (a frozen weight, the model's input) costs nothing in the backward pass.
+    What needs no gradient (a frozen weight, the model's input) costs nothing in the backward pass. With ``chosen``, or
+    with ``seen`` and ``seen_all``, that reads every column of ``g``; else no others than ``rows``, but with
+    ``dx="full"``.
 
     Raises:
-        ValueError: ``rows`` is not int64 or not one-dimensional; no such activation.
+        ValueError: ``rows`` is not int64 or not one-dimensional; no such activation; ``scale``, ``seen`` or ``chosen``
+            has another type or shape; ``chosen`` beside ``scale``, ``kept_weight`` or ``kept_bias``, which belong to
+            rows that are known before.
     """
     return torch.ops.rwfx.row_linear.default(
-        x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation, direct
+        x,
+        weight,
+        bias,
+        rows,
+        dx,
+        grad,
+        dtype,
+        kept_weight,
+        kept_bias,
+        columns,
+        activation,
+        direct,
+        scale,
+        seen,
+        seen_all,
+        chosen,
     )
 
 
@@ -96,18 +129,23 @@ def masked_linear(
     dtype: torch.dtype | None = None,
     kept_weight: Tensor | None = None,
     kept_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    seen: Tensor | None = None,
+    seen_all: bool = True,
 ) -> Tensor:
     """``y = x @ weight.T + bias``; the backward is dense and then masked to ``rows``.
 
-    With ``g = dL/dy`` and ``m`` the 0/1 mask of the row set::
+    With ``g = dL/dy``, ``m`` the 0/1 mask of the row set and ``s`` ones, but for ``s[rows] = scale``::
 
-        dx = (m * g) @ weight       (dx="full": g @ weight)
-        dw = m[:, None] * (g.T @ x)
-        db = m * g.sum(0)
+        dx = (m * s * g) @ weight       (dx="full": g @ weight)
+        dw = m[:, None] * ((s * g).T @ x)
+        db = m * (s * g).sum(0)
 
     Arguments and errors are those of ``row_linear``.
     """
-    return torch.ops.rwfx.masked_linear.default(x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias)
+    return torch.ops.rwfx.masked_linear.default(
+        x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, scale, seen, seen_all
+    )
 
 
 class Activation(NamedTuple):
@@ -129,30 +167,59 @@ ACTIVATIONS = {
 
 
 class _Linear(torch.autograd.Function):
-    """What both operators have in common: the forward, and what the backward needs of it."""
+    """What both operators have in common: the forward, and how the backward begins and ends."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation, direct):
-        if rows.dtype != torch.int64 or rows.dim() != 1:
-            raise ValueError(
-                f"rows must be a one-dimensional int64 tensor of row numbers, got {rows.dtype} of shape "
-                f"{tuple(rows.shape)}."
-            )
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        rows,
+        dx="rows",
+        grad="dense",
+        dtype=None,
+        kept_weight=None,
+        kept_bias=None,
+        columns=None,
+        activation="",
+        direct=False,
+        scale=None,
+        seen=None,
+        seen_all=True,
+        chosen=None,
+    ):
+        _check(weight, rows, scale, seen, chosen, kept_weight is not None or kept_bias is not None)
         ctx.activation = _activation(activation)
         a = ctx.activation.forward(x) if ctx.activation else x
         ctx.kept = kept_weight is not None
-        trained = (kept_weight if ctx.kept else weight).requires_grad
+        trained = (weight if kept_weight is None else kept_weight).requires_grad
         activated = (x if ctx.activation.of_input else a) if ctx.activation and x.requires_grad else None
         # Only what the backward pass reads.
-        ctx.save_for_backward(a if trained else None, activated, weight if x.requires_grad else None, rows, columns)
+        weight_read = weight if x.requires_grad else None
+        ctx.save_for_backward(a if trained else None, activated, weight_read, rows, columns, scale)
+        # Not saved: autograd would refuse a buffer that another call's backward pass has written since.
+        ctx.seen, ctx.seen_all, ctx.chosen = seen, seen_all, chosen
         ctx.dx, ctx.grad, ctx.x_dtype, ctx.dtype = dx, grad, x.dtype, weight.dtype
         # Not an operator of ours, so that a compiler sees a product like any other.
         return _product(a, weight, bias, dtype)
 
     @staticmethod
-    def check_first_order():
+    def begin(ctx, g):
+        """The output's gradient as a matrix, and the row set."""
         if torch.is_grad_enabled():
             raise RuntimeError("rwfx::row_linear has no second derivative: leave create_graph=True out.")
+        g_BO, rows = g.reshape(-1, g.shape[-1]), ctx.saved_tensors[3]
+        size_O = None
+        if ctx.seen is not None and ctx.seen_all:
+            observe_(ctx.seen, g_BO)
+            size_O = ctx.seen
+        if ctx.chosen is not None:
+            rows = top_rows(g_BO if size_O is None else size_O, rows.shape[0])
+            record_(ctx.chosen, rows)
+        if ctx.seen is not None and not ctx.seen_all:
+            observe_(ctx.seen, g_BO, rows)
+        return g_BO, rows
 
     @staticmethod
     def through_activation(ctx, da_BI, activated_BI):
@@ -163,22 +230,25 @@ class _Linear(torch.autograd.Function):
     def gradients(ctx, g, dx, dw, db):
         if dx is not None:
             dx = dx.reshape(*g.shape[:-1], dx.shape[-1])
-        return (dx, *[None] * 6, dw, db, *[None] * 3) if ctx.kept else (dx, dw, db, *[None] * 9)
+        return (dx, *[None] * 6, dw, db, *[None] * 7) if ctx.kept else (dx, dw, db, *[None] * 13)
 
     @staticmethod
     def needs(ctx):
-        return ctx.needs_input_grad[0], *(ctx.needs_input_grad[7:9] if ctx.kept else ctx.needs_input_grad[1:3])
+        # An argument with its default may not have been passed: kept_bias, for one.
+        needs = *ctx.needs_input_grad, False
+        return needs[0], *(needs[7:9] if ctx.kept else needs[1:3])
 
 
 class _RowLinear(_Linear):
     @staticmethod
     def backward(ctx, g):
-        _Linear.check_first_order()
-        a, activated, weight, rows, columns = ctx.saved_tensors
+        g_BO, rows = _Linear.begin(ctx, g)
+        a, activated, weight, _, columns, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
         num_rows = g.shape[-1]
-        g_BO = g.reshape(-1, num_rows)
         g_BK = g_BO.index_select(1, rows)
+        if scale is not None:
+            g_BK = g_BK * scale.to(g.dtype)
 
         def of_parameter(values):
             values = values.to(ctx.dtype)
@@ -209,14 +279,35 @@ class _RowLinear(_Linear):
 
 class _MaskedLinear(_Linear):
     @staticmethod
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        rows,
+        dx="rows",
+        grad="dense",
+        dtype=None,
+        kept_weight=None,
+        kept_bias=None,
+        scale=None,
+        seen=None,
+        seen_all=True,
+    ):
+        shared = x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias
+        return _Linear.forward(ctx, *shared, scale=scale, seen=seen, seen_all=seen_all)
+
+    @staticmethod
     def backward(ctx, g):
-        _Linear.check_first_order()
-        x, _, weight, rows, _ = ctx.saved_tensors
+        g_BO, rows = _Linear.begin(ctx, g)
+        x, _, weight, _, _, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
         num_rows = g.shape[-1]
-        g_BO = g.reshape(-1, num_rows)
         # Filled, not multiplied: a masked entry is zero also where the dense one is not finite.
         masked_O = torch.ones(num_rows, dtype=torch.bool, device=g.device).index_fill(0, rows, False)
+        h_BO = g_BO
+        if scale is not None:
+            h_BO = g_BO * torch.ones_like(masked_O, dtype=g.dtype).index_copy(0, rows, scale.to(g.dtype))
 
         def of_parameter(dense):
             dense = dense.to(ctx.dtype)
@@ -228,13 +319,45 @@ class _MaskedLinear(_Linear):
 
         dx = dw = db = None
         if needs_x:
-            g_x = g_BO if ctx.dx == "full" else g_BO.masked_fill(masked_O, 0)
+            g_x = g_BO if ctx.dx == "full" else h_BO.masked_fill(masked_O, 0)
             dx = (g_x @ weight.to(g.dtype)).to(ctx.x_dtype)
         if needs_weight:
-            dw = of_parameter(g_BO.t() @ x.reshape(-1, x.shape[-1]).to(g.dtype))
+            dw = of_parameter(h_BO.t() @ x.reshape(-1, x.shape[-1]).to(g.dtype))
         if needs_bias:
-            db = of_parameter(g_BO.sum(0))
+            db = of_parameter(h_BO.sum(0))
         return _Linear.gradients(ctx, g, dx, dw, db)
+
+
+def _check(
+    weight: Tensor, rows: Tensor, scale: Tensor | None, seen: Tensor | None, chosen: Tensor | None, kept: bool
+) -> None:
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise ValueError(
+            f"rows must be a one-dimensional int64 tensor of row numbers, got {rows.dtype} of shape "
+            f"{tuple(rows.shape)}."
+        )
+    if chosen is not None and (scale is not None or kept):
+        raise ValueError(
+            f"{'scale' if scale is not None else 'kept_weight and kept_bias'} cannot be given with chosen: they belong "
+            "to rows that are known in the forward pass, and these are chosen in the backward pass."
+        )
+    if scale is not None:
+        if not scale.is_floating_point() or scale.dim() != 1:
+            raise ValueError(
+                f"scale must be a one-dimensional floating-point tensor, got {scale.dtype} of shape "
+                f"{tuple(scale.shape)}."
+            )
+        # Not an if: a compiler does not know these sizes, and is told that they are equal.
+        torch._check_value(
+            scale.shape[0] == rows.shape[0],
+            lambda: f"scale must have a number for each of the {rows.shape[0]} rows, got {scale.shape[0]}.",
+        )
+    for name, buffer, dtype, more in (("seen", seen, torch.float32, 0), ("chosen", chosen, torch.int64, 1)):
+        shape = (weight.shape[0] + more,)
+        if buffer is not None and (buffer.dtype != dtype or buffer.shape != shape):
+            raise ValueError(
+                f"{name} must be a {dtype} tensor of shape {shape}, got {buffer.dtype} of shape {tuple(buffer.shape)}."
+            )
 
 
 def _activation(name: str) -> Activation | None:
@@ -252,29 +375,11 @@ def _product(a: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype 
 def _register(op: str, function: type[_Linear]) -> None:
     """The operator's implementation for every device, which is its autograd, and its part in autocast."""
 
-    def forward(
-        x,
-        weight,
-        bias,
-        rows,
-        dx="rows",
-        grad="dense",
-        dtype=None,
-        kept_weight=None,
-        kept_bias=None,
-        columns=None,
-        activation="",
-        direct=False,
-    ):
-        return function.apply(
-            x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias, columns, activation, direct
-        )
-
-    def without_gradient(x, *others, **named):
+    def without_gradient(*arguments):
         with torch.no_grad():
-            return forward(x, *others, **named)
+            return function.apply(*arguments)
 
-    _library.impl(op, forward, "Autograd")
+    _library.impl(op, function.apply, "Autograd")
     _library.impl(op, without_gradient, "CompositeExplicitAutograd")
     for device, key in {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}.items():
         _library.impl(op, _in_autocast(getattr(torch.ops.rwfx, op).default, device), key)
@@ -299,13 +404,13 @@ def _in_autocast(op, device: str):
 # The backward of row_linear as one operator, for a CPU: rwfx/native/linear.cpp has its only implementation.
 _library.define(
     "row_linear_backward(Tensor g, Tensor? a, Tensor? activated, Tensor? weight, Tensor rows, Tensor? columns, "
-    "bool needs_bias, ScalarType x_dtype, ScalarType dtype, bool full_dx, str grad, str activation, bool direct) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? scale, bool needs_bias, ScalarType x_dtype, ScalarType dtype, bool full_dx, str grad, str activation, "
+    "bool direct) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.register_fake("rwfx::row_linear_backward")
-def _(g, a, activated, weight, rows, columns, needs_bias, x_dtype, dtype, full_dx, grad, activation, direct):
+def _(g, a, activated, weight, rows, columns, scale, needs_bias, x_dtype, dtype, full_dx, grad, activation, direct):
     let_inductor_compare_sparse()
 
     def of_parameter(*features):

@@ -9,11 +9,13 @@ points to ids below it, so one sweep over the stations in reverse order complete
 their number: the loops here run over stations and weights, never over walks or rows.
 
 This is the implementation for every device; ``rwfx/native/walk.cpp`` draws the same on a CPU, faster. No shape here
-depends on where walks go, and with ``exactly`` nothing is read back from the device.
+depends on where walks go, and with ``exactly`` or ``budget`` nothing is read back from the device.
 
-Axes: P walks, I input features, R all rows of all weights whose row sets are asked for.
+Axes: P walks, I input features, S starts of a head, O rows of a weight, R all rows of all weights whose row sets are
+asked for.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,8 +41,8 @@ class Station:
 torch.library.define(
     "rwfx::walk",
     "(Tensor[] weights, int[] kept, Tensor[] tables, int[] heads, Tensor[] starts, int[] layout, Tensor state, "
-    "Tensor last, int num_paths, float temperature, float epsilon, int min_rows, int[] exactly, int resample_every) "
-    "-> Tensor[]",
+    "Tensor last, int num_paths, float temperature, float epsilon, int min_rows, int[] exactly, int resample_every, "
+    "Tensor[]? factors=None, Tensor[]? start_weights=None, Tensor? budget=None, bool unbiased=False) -> Tensor[]",
 )
 
 
@@ -59,11 +61,19 @@ def walk(
     min_rows: int,
     exactly: list[int],
     resample_every: int,
+    factors: Sequence[Tensor] | None = None,
+    start_weights: Sequence[Tensor] | None = None,
+    budget: Tensor | None = None,
+    unbiased: bool = False,
 ) -> list[Tensor]:
     """Draw ``num_paths`` walks; give the sorted distinct rows they visit, weight by weight.
 
-    The draw is a pure function of the weights and of ``state``, so two ranks, or a resumed run, with equal
-    state draw equal rows.
+    The draw is a pure function of the weights, of what they are multiplied by and of ``state``, so two ranks, or a
+    resumed run, with equal state draw equal rows. At row ``i`` of a weight's use ``s`` feature ``j`` is drawn with
+
+        p(j | i) ~ |W[i, j]| ** (1 / temperature) * factors[s][j]    (with probability epsilon uniformly instead)
+
+    and uniformly where these numbers are all zero or not all finite.
 
     Args:
         weights: ``(O, I)`` each, one per weight on the way of the walks.
@@ -78,24 +88,58 @@ def walk(
         exactly: empty, or for each kept weight how many rows its set has: of those visited the ones that the first
             walks came by, and where too few are visited others as well, uniformly without replacement.
         num_paths, temperature, epsilon, min_rows, resample_every: as in ``rwfx.transform``.
+        factors: None, or per station ``(I,)`` floating, not negative; ignored at a junction and where a walk ends
+            with its row.
+        start_weights: None, or per head, as long as its ``starts``, floating, not negative: a start is drawn with a
+            probability proportional to it; uniformly where they are all zero or not all finite.
+        budget: None, or ``(1 + len(kept),)`` int64 on the CPU: what takes the place of ``num_paths``, then of
+            ``exactly``. It can change from step to step in a compiled model. With no walks rows are drawn uniformly.
+        unbiased: also return, per row kept, the inverse of its probability of being in the set *given where the walks
+            stood at the use above it*. With ``n`` walks dealt to a head, ``q`` its starts' probabilities, and with
+            ``n`` walks at the rows ``i_1 .. i_n`` of the use above any other:
+
+                P(r) = 1 - (1 - q[r]) ** n        P(r) = 1 - prod_k (1 - sum_{j leads to r} p(j | i_k))
+
+            and to both, with ``min_rows = 1``, the probability of the row that is drawn where no walk arrives. A
+            gradient whose kept rows are multiplied by it, use after use, is unbiased where a row has no other way to
+            the loss than by weights that walks can cross: a weight or a factor of zero bars a way.
 
     Returns:
-        A row set per kept weight, then what to pass as ``last`` next time: ``(len(kept) + 1 + R,)`` int64, where
-        each weight's rows begin and the last one's end, and then the rows, numbered among all rows of the kept
-        weights, filled up with zeros.
+        A row set per kept weight; with ``unbiased`` its ``scale`` per kept weight, ``(K,)`` float32; then what to pass
+        as ``last`` next time: ``(len(kept) + 1 + R,)`` int64, where each weight's rows begin and the last one's end,
+        and then the rows, numbered among all rows of the kept weights, filled up with zeros.
+
+    Raises:
+        ValueError: ``factors``, ``start_weights`` or ``budget`` do not fit the graph; or ``unbiased`` where the
+            stations are no tree of weight uses (``is_tree``), where a set's size or age is not left to this step's
+            walks, or where a head can be left without a row.
     """
     sizes = tuple(weights[k].shape[0] for k in kept)
+    stations = unpack_stations(tuple(layout))
+    factors, start_weights = factors or (), start_weights or ()
+    _check_shapes(stations, weights, starts, factors, start_weights)
+    if budget is not None:
+        num_paths, *exactly = _read_budget(budget, sizes)
+    if unbiased:
+        _check_unbiased(stations, heads, num_paths, min_rows, exactly, resample_every)
     again = (state[1] % resample_every != 0) if resample_every > 1 else None
-    if again is not None and not exactly and again:
+    if again is not None and (budget is not None or not exactly) and again:
         return [*read_last(last, sizes), last.clone()]
 
     key = mix(state[0], state[1])
-    stations = unpack_stations(tuple(layout))
-    first_R = first_walks(stations, weights, kept, tables, heads, starts, num_paths, temperature, epsilon, key)
+    graph = stations, weights, tables, heads, starts
+    rule = num_paths, temperature, epsilon, key, factors, start_weights
+    visits = list(sweep(*graph, *rule))
+    first_R = first_walks(visits, stations, weights, kept, num_paths)
     streams = range(2 * len(stations) + len(heads), 2 * len(stations) + len(heads) + len(kept))
     if not exactly:
         next_ = _visited(first_R, sizes, num_paths, min_rows, key, streams)
-        return [*read_last(next_, sizes), next_]
+        rows = read_last(next_, sizes)
+        if not unbiased:
+            return [*rows, next_]
+        chances = row_chances(visits, *graph, *rule, kept, min_rows)
+        scales = [(1 / chance_O[of]).float() for chance_O, of in zip(chances, rows, strict=True)]
+        return [*rows, *scales, next_]
     parts = first_R.split(sizes)
     rows = [_of_priority(*of, num_paths, key) for of in zip(parts, exactly, streams, strict=True)]
     numbered = [part + first for part, first in zip(rows, accumulate(sizes, initial=0), strict=False)]
@@ -107,10 +151,113 @@ def walk(
     return [*[part - first for part, first in zip(rows, accumulate(sizes, initial=0), strict=False)][:-1], next_]
 
 
+def _check_shapes(
+    stations: Sequence[Station],
+    weights: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    start_weights: Sequence[Tensor],
+) -> None:
+    if factors and len(factors) != len(stations):
+        raise ValueError(f"there are {len(factors)} factors for {len(stations)} stations: give one for each, or none.")
+    for s, (factor, station) in enumerate(zip(factors, stations, strict=False)):
+        if station.weight >= 0 and station.targets:
+            features = weights[station.weight].shape[1]
+            if factor.shape != (features,):
+                raise ValueError(
+                    f"factors[{s}] has the shape {tuple(factor.shape)}, the weight there has {features} features: "
+                    "give one number for each."
+                )
+    if start_weights and len(start_weights) != len(starts):
+        raise ValueError(
+            f"there are {len(start_weights)} start_weights for {len(starts)} heads: give one for each, or none."
+        )
+    for k, (given, ids) in enumerate(zip(start_weights, starts, strict=False)):
+        if given.shape != ids.shape:
+            raise ValueError(
+                f"start_weights[{k}] has the shape {tuple(given.shape)}, its head has {len(ids)} starts: give one "
+                "number for each."
+            )
+
+
+def _read_budget(budget: Tensor, sizes: Sequence[int]) -> list[int]:
+    if budget.dtype != torch.int64 or budget.shape != (1 + len(sizes),) or budget.device.type != "cpu":
+        raise ValueError(
+            f"the budget is {budget.dtype} {tuple(budget.shape)} on {budget.device}: it must be int64 "
+            f"({1 + len(sizes)},) on the CPU, the number of walks and a number of rows for each kept weight."
+        )
+    num_paths, *counts = numbers = budget.tolist()
+    if num_paths < 0 or not all(1 <= count <= size for count, size in zip(counts, sizes, strict=True)):
+        raise ValueError(
+            f"the budget is {numbers}: it needs 0 walks or more, then 1 or more rows of each kept weight's {[*sizes]}."
+        )
+    return numbers
+
+
+def _check_unbiased(
+    stations: Sequence[Station],
+    heads: Sequence[int],
+    num_paths: int,
+    min_rows: int,
+    exactly: Sequence[int],
+    resample_every: int,
+) -> None:
+    if not is_tree(stations, heads):
+        raise ValueError(
+            "unbiased needs walks over a tree of weight uses; here rows are added at a junction, several uses lead to "
+            "one, a head is led to, or a weight is used twice."
+        )
+    if exactly:
+        raise ValueError(f"unbiased leaves the sizes of row sets to the walks; given are {[*exactly]} rows.")
+    if resample_every > 1:
+        raise ValueError(f"unbiased needs rows that are drawn at every step; resample_every is {resample_every}.")
+    if min_rows > 1:
+        raise ValueError(f"unbiased needs min_rows of 0 or 1, not {min_rows}.")
+    if min_rows < 1 and num_paths < len(heads):
+        raise ValueError(
+            f"unbiased needs a row of every head: {num_paths} walks leave some of the {len(heads)} heads without one. "
+            "Draw more walks, or set min_rows=1."
+        )
+
+
+def is_tree(stations: Sequence[Station], heads: Sequence[int]) -> bool:
+    """Whether the stations are a tree of weight uses.
+
+    It has no junction, each use is led to by at most one use, or is a head and led to by none, and no weight is used
+    twice.
+    """
+    led_to = Counter([*heads, *(target for station in stations for target in station.targets)])
+    used = Counter(station.weight for station in stations)
+    return -1 not in used and max([*led_to.values(), *used.values()], default=0) <= 1
+
+
 def first_walks(
+    visits: Sequence[tuple[int, Tensor]],
     stations: Sequence[Station],
     weights: Sequence[Tensor],
     kept: Sequence[int],
+    num_paths: int,
+) -> Tensor:
+    """The first walk that comes by each row of the kept weights, ``(R,)`` int64; ``num_paths`` where none does.
+
+    ``visits`` are those of ``sweep``.
+    """
+    sizes = [weights[k].shape[0] for k in kept]
+    first_row = dict(zip(kept, accumulate(sizes, initial=0), strict=False))
+    device = visits[0][1].device
+    walks_P = torch.arange(num_paths, device=device)
+    first_R = torch.full((sum(sizes) + 1,), num_paths, device=device)  # a place more, for walks that pass elsewhere
+    for s, rows_P in visits:
+        if (first := first_row.get(stations[s].weight)) is not None:
+            places_P = torch.where(rows_P >= 0, rows_P + first, sum(sizes))
+            first_R.scatter_reduce_(0, places_P, walks_P, "amin")
+    return first_R[:-1]
+
+
+def row_chances(
+    visits: Sequence[tuple[int, Tensor]],
+    stations: Sequence[Station],
+    weights: Sequence[Tensor],
     tables: Sequence[Tensor],
     heads: Sequence[int],
     starts: Sequence[Tensor],
@@ -118,18 +265,43 @@ def first_walks(
     temperature: float,
     epsilon: float,
     key: Tensor,
-) -> Tensor:
-    """The first walk that comes by each row of the kept weights, ``(R,)`` int64; ``num_paths`` where none does."""
-    sizes = [weights[k].shape[0] for k in kept]
-    first_row = dict(zip(kept, accumulate(sizes, initial=0), strict=False))
+    factors: Sequence[Tensor],
+    start_weights: Sequence[Tensor],
+    kept: Sequence[int],
+    min_rows: int,
+) -> list[Tensor]:
+    """Each kept weight's rows' probabilities of being in its set, given where the walks stood above: ``(O,)`` float64.
+
+    The stations are a tree; ``visits`` are those of ``sweep``.
+    """
     device = starts[0].device
-    walks_P = torch.arange(num_paths, device=device)
-    first_R = torch.full((sum(sizes) + 1,), num_paths, device=device)  # a place more, for walks that pass elsewhere
-    for s, rows_P in sweep(stations, weights, tables, heads, starts, num_paths, temperature, epsilon, key):
-        if (first := first_row.get(stations[s].weight)) is not None:
-            places_P = torch.where(rows_P >= 0, rows_P + first, sum(sizes))
-            first_R.scatter_reduce_(0, places_P, walks_P, "amin")
-    return first_R[:-1]
+    # Per station (P, O): the probability of each walk to come to each row.
+    arrivals = [torch.zeros(num_paths, s.size, dtype=torch.float64, device=device) for s in stations]
+    head_P = _deal(num_paths, len(heads), key, device)
+    for k, (head, ids) in enumerate(zip(heads, starts, strict=True)):
+        chance_S = _start_chances(ids, start_weights[k] if start_weights else None)
+        step_PS = (head_P == k)[:, None] * chance_S
+        arrivals[head].index_add_(1, ids - stations[head].base, step_PS)
+    for s, rows_P in visits:
+        weight, table, factor = weights[stations[s].weight], tables[s], factors[s] if factors else None
+        if stations[s].targets:
+            step_PI = _step_chances(weight, rows_P.clamp(min=0), temperature, epsilon, factor)
+            step_PI *= (rows_P >= 0)[:, None]
+        for target in stations[s].targets:
+            base, size = stations[target].base, stations[target].size
+            places_I = torch.where((table >= base) & (table < base + size), table - base, size)
+            arrivals[target] = step_PI.new_zeros(num_paths, size + 1).index_add_(1, places_I, step_PI)[:, :-1]
+
+    station_of = {station.weight: s for s, station in enumerate(stations)}
+    chances = []
+    for k in kept:
+        size = weights[k].shape[0]
+        step_PO = arrivals[station_of[k]]
+        # 1 - prod (1 - p), without its cancellation; rounding can carry a sum of probabilities above 1.
+        visited_O = -torch.expm1(torch.log1p(-step_PO.clamp(max=1)).sum(0))
+        nobody = (1 - step_PO.sum(1)).clamp(min=0).prod()
+        chances.append(visited_O + nobody * min_rows / size)
+    return chances
 
 
 def _of_priority(first_O: Tensor, count: int, stream: int, num_paths: int, key: Tensor) -> Tensor:
@@ -169,6 +341,8 @@ def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 torch.library.impl("rwfx::walk", "default", walk)
+# Nothing that it returns has a gradient.
+torch.library.impl("rwfx::walk", "Autograd", torch.library.fallthrough_kernel)
 
 
 @torch.library.register_fake("rwfx::walk")
@@ -187,16 +361,24 @@ def _(
     min_rows,
     exactly,
     resample_every,
+    factors=None,
+    start_weights=None,
+    budget=None,
+    unbiased=False,
 ):
+    at_least = min_rows if budget is None else 1
+
     def row_set(size):
         # What new_dynamic_size() does, but for its refusal unless the user has set
         # torch._dynamo.config.capture_dynamic_output_shape_ops: a plain torch.compile(model) would be cut in two here.
         # A symbolic size happens only where an operator test makes every size symbolic.
-        bounds = (min(min_rows, size), size) if isinstance(size, int) else ()
+        bounds = (min(at_least, size), size) if isinstance(size, int) else ()
         return last.new_empty((allocate_size(torch.library.get_ctx()._shape_env, *bounds),))
 
-    sets = [last.new_empty((k,)) for k in exactly] or [row_set(weights[k].shape[0]) for k in kept]
-    return [*sets, torch.empty_like(last)]
+    fixed = exactly if budget is None else []
+    sets = [last.new_empty((k,)) for k in fixed] or [row_set(weights[k].shape[0]) for k in kept]
+    scales = [rows.new_empty(rows.shape, dtype=torch.float32) for rows in sets] if unbiased else []
+    return [*sets, *scales, torch.empty_like(last)]
 
 
 def sweep(
@@ -209,20 +391,22 @@ def sweep(
     temperature: float,
     epsilon: float,
     key: Tensor,
+    factors: Sequence[Tensor] = (),
+    start_weights: Sequence[Tensor] = (),
 ) -> Iterator[tuple[int, Tensor]]:
     """Walk all paths from the outputs to the inputs; yield ``(station, rows)`` at every weight use.
 
     ``rows`` is ``(P,)`` int64: the row at which each walk comes by, -1 where it does not. The walks are dealt out to
-    the output weights in turn; each starts uniformly over its weight's ids.
+    the output weights in turn; each starts at one of its weight's ids, drawn uniformly or by ``start_weights``.
     """
     device = starts[0].device
     walks_P = torch.arange(num_paths, device=device)
     u = uniform(key, torch.arange(2 * len(stations) + len(heads), device=device)[:, None], walks_P)
-    # With fewer walks than output weights, the turn of the first walk moves on from step to step.
-    head_P = (walks_P - (key % len(heads)).to(device)) % len(heads)
+    head_P = _deal(num_paths, len(heads), key, device)
     ids_P = torch.full_like(walks_P, -1)
     for k, ids in enumerate(starts):
-        ids_P = torch.where(head_P == k, ids[_uniform_choice(len(ids), u[2 * len(stations) + k])], ids_P)
+        start_P = _draw_start(ids, start_weights[k] if start_weights else None, u[2 * len(stations) + k])
+        ids_P = torch.where(head_P == k, start_P, ids_P)
 
     for s in reversed(range(len(stations))):
         station, table = stations[s], tables[s]
@@ -233,39 +417,94 @@ def sweep(
             yield s, rows_P
             if not station.targets:
                 continue
-            weight = weights[station.weight]
-            next_P = table[draw_features(weight, places_P, temperature, epsilon, u[2 * s], u[2 * s + 1])]
+            weight, factor = weights[station.weight], factors[s] if factors else None
+            next_P = table[draw_features(weight, places_P, temperature, epsilon, u[2 * s], u[2 * s + 1], factor)]
         else:
             next_P = _draw_member(table, places_P, u[2 * s])
         ids_P = torch.where(here_P, next_P, ids_P)
 
 
-def draw_features(
-    weight: Tensor, rows_P: Tensor, temperature: float, epsilon: float, u_P: Tensor, v_P: Tensor
-) -> Tensor:
-    """Draw one input feature ``j`` for each row ``i``, with ``p(j | i) ~ |weight[i, j]| ** (1 / temperature)``.
+def _deal(num_paths: int, num_heads: int, key: Tensor, device: torch.device) -> Tensor:
+    """The head at which each walk starts, ``(P,)`` int64."""
+    # With fewer walks than output weights, the turn of the first walk moves on from step to step.
+    return (torch.arange(num_paths, device=device) - (key % num_heads).to(device)) % num_heads
 
-    With probability ``epsilon``, where ``v < epsilon``, it is drawn uniformly instead; so it is from a row that is
-    all zero or not finite. ``u`` and ``v`` are uniform float64 numbers from 0 to below 1. Returns ``(P,)`` int64.
+
+def _draw_start(ids: Tensor, weight_S: Tensor | None, u_P: Tensor) -> Tensor:
+    uniform_P = _uniform_choice(len(ids), u_P)
+    if weight_S is None:
+        return ids[uniform_P]
+    sum_S = weight_S.detach().double().cumsum(0)
+    choice_P = torch.searchsorted(sum_S, u_P * sum_S[-1], right=True).clamp(max=len(ids) - 1)
+    return ids[torch.where(_drawable(sum_S[-1], sum_S.dtype), choice_P, uniform_P)]
+
+
+def _start_chances(ids: Tensor, weight_S: Tensor | None) -> Tensor:
+    """The probability of each start under ``_draw_start``, ``(S,)`` float64."""
+    uniform_S = torch.full((len(ids),), 1 / len(ids), dtype=torch.float64, device=ids.device)
+    if weight_S is None:
+        return uniform_S
+    total = weight_S.detach().double().sum()
+    return torch.where(_drawable(total, total.dtype), weight_S.detach().double() / total, uniform_S)
+
+
+def draw_features(
+    weight: Tensor,
+    rows_P: Tensor,
+    temperature: float,
+    epsilon: float,
+    u_P: Tensor,
+    v_P: Tensor,
+    factor_I: Tensor | None = None,
+) -> Tensor:
+    """Draw one input feature ``j`` for each row ``i``.
+
+        p(j | i) ~ |weight[i, j]| ** (1 / temperature) * factor[j]
+
+    With probability ``epsilon``, where ``v < epsilon``, it is drawn uniformly instead; so it is from a row whose
+    products are all zero or not finite. ``u`` and ``v`` are uniform float64 numbers from 0 to below 1. Returns ``(P,)``
+    int64.
     """
-    size_PI = weight.detach().index_select(0, rows_P).abs()
-    if size_PI.dtype in (torch.float16, torch.bfloat16):
-        size_PI = size_PI.float()
-    elif not size_PI.is_floating_point():
-        size_PI = size_PI.double()
-    if temperature != 1.0:
-        # Divided by the row's largest first: the power of a large weight would overflow.
-        size_PI = (size_PI / size_PI.amax(1, keepdim=True)) ** (1 / temperature)
+    size_PI = _step_sizes(weight, rows_P, temperature, factor_I)
     sum_PI = size_PI.cumsum(1, dtype=torch.float64)
     total_P1 = sum_PI[:, -1:]
     # With right=True a feature of weight zero, whose sum is its neighbour's, is stepped over.
     features_P = torch.searchsorted(sum_PI, u_P[:, None] * total_P1, right=True).squeeze(1)
     features_P = features_P.clamp(max=weight.shape[1] - 1)  # rounding can carry u * total to the total
-    total_P = total_P1.squeeze(1)
-    by_weight_P = (total_P > torch.finfo(size_PI.dtype).tiny) & (total_P < inf)
+    by_weight_P = _drawable(total_P1.squeeze(1), size_PI.dtype)
     if epsilon > 0:
         by_weight_P &= v_P >= epsilon
     return torch.where(by_weight_P, features_P, _uniform_choice(weight.shape[1], u_P))
+
+
+def _step_chances(
+    weight: Tensor, rows_P: Tensor, temperature: float, epsilon: float, factor_I: Tensor | None
+) -> Tensor:
+    """The probability of each feature under ``draw_features``, ``(P, I)`` float64."""
+    size_PI = _step_sizes(weight, rows_P, temperature, factor_I)
+    total_P1 = size_PI.sum(1, keepdim=True, dtype=torch.float64)
+    by_weight_PI = torch.where(_drawable(total_P1, size_PI.dtype), size_PI / total_P1, 1 / weight.shape[1])
+    return (1 - epsilon) * by_weight_PI + epsilon / weight.shape[1]
+
+
+def _step_sizes(weight: Tensor, rows_P: Tensor, temperature: float, factor_I: Tensor | None) -> Tensor:
+    """``|weight[i, j]| ** (1 / temperature) * factor[j]`` for each row ``i``, up to a number per row: ``(P, I)``."""
+    size_PI = weight.detach().index_select(0, rows_P).abs()
+    if size_PI.dtype in (torch.float16, torch.bfloat16):
+        size_PI = size_PI.float()
+    elif not size_PI.is_floating_point():
+        size_PI = size_PI.double()
+    if factor_I is not None:
+        size_PI = size_PI.double()  # a product of two small float32 numbers would be zero
+    if temperature != 1.0:
+        # Divided by the row's largest first: the power of a large weight would overflow.
+        size_PI = (size_PI / size_PI.amax(1, keepdim=True)) ** (1 / temperature)
+    return size_PI if factor_I is None else size_PI * factor_I.detach()
+
+
+def _drawable(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether a sum of numbers of ``dtype`` is that of numbers neither all zero nor with an infinity or a nan."""
+    return (total > torch.finfo(dtype).tiny) & (total < inf)
 
 
 def _draw_member(table: Tensor, places_P: Tensor, u_P: Tensor) -> Tensor:
