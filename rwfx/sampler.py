@@ -66,7 +66,8 @@ class RowSampler(nn.Module):
         """The row sets of this step, and the inverse probabilities."""
         if not torch.is_grad_enabled():
             return [self.last.new_empty(0)] * len(self.kept) + [self.last.new_empty(0).float()] * self._num_scales
-        drawn = self.draw(*weights)
+        with torch.no_grad():
+            drawn = self.draw(*weights)
         self.state.add_(self._tick)
         return drawn
 

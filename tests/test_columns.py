@@ -20,7 +20,8 @@ from rwfx.passes.normalize import normalize
 from rwfx.passes.read_columns import ACTIVATION_MODULES, read_columns
 from rwfx.passes.sample_rows import sample_rows
 from rwfx.passes.sparse_backward import sparse_backward
-from rwfx.walk import RowSampler, WalkOptions
+from rwfx.policies import RandomWalk
+from rwfx.walk import WalkSampler
 from rwfx.weight_graph import graph_of
 
 # --- The operator ----------------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def rewritten(model, dx="rows"):
     found, gm = captured(model)
     gm = normalize(gm)
     graph = graph_of(gm, found)
-    sampled, rows = sample_rows(gm, RowSampler(graph, list(graph.names), WalkOptions(3), seed=0))
+    sampled, rows = sample_rows(gm, WalkSampler(graph, list(graph.names), 0, RandomWalk(3)))
     return sparse_backward(sampled, rows, dx=dx)
 
 

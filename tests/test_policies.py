@@ -97,16 +97,20 @@ def test_with_dx_full_the_weights_gradient_alone_is_scaled(mode):
         assert_close(ours[name][rows], oracle[name][rows] * scales[name][:, None], rtol=1e-6, atol=1e-9)
 
 
-@every_policy
-@pytest.mark.parametrize("grad", ["dense", "rows"])
-def test_every_policy_is_one_graph_that_is_compiled_once(policy, grad):
-    model = make(Residual)
+INDUCTOR = ["adaptive-density", "learned", "top-k", "top-k-scheduled", "uniform-scheduled", "magnitude-unbiased"]
+COMPILED = [(name, "aot_eager", "rows") for name in POLICIES]
+COMPILED += [(name, "inductor", grad) for name in INDUCTOR for grad in ("dense", "rows")]
+
+
+@pytest.mark.parametrize(("name", "backend", "grad"), COMPILED, ids=map("-".join, COMPILED))
+def test_every_policy_is_one_graph_that_is_compiled_once(name, backend, grad):
+    model, policy = make(Residual), POLICIES[name]
     sparse = transformed(model, policy, grad=grad)
     eager = copy.deepcopy(sparse)
     counters.clear()
     args, _ = model.inputs()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = torch.compile(sparse, fullgraph=True)
+        compiled = torch.compile(sparse, backend=backend, fullgraph=True)
         for _ in range(5):
             for module in (compiled, eager):
                 module.zero_grad()

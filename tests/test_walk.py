@@ -152,7 +152,7 @@ def test_large_weights_do_not_overflow_at_low_temperature():
 @pytest.mark.parametrize("kind", ZOO, ids=lambda kind: kind.__name__)
 def test_row_sets_are_the_distinct_rows_of_the_walks(kind):
     model = make(kind)
-    sparse = rwfx.transform(model, num_paths=4, min_rows=0, seed=9)
+    sparse = rwfx.transform(model, rows=rwfx.RandomWalk(4, min_rows=0), seed=9)
     args, kwargs = model.inputs()
     sparse(*args, **kwargs)
     graph = rwfx.weight_graph(model)
@@ -167,7 +167,7 @@ def test_min_rows_fills_up_uniformly_without_repeats(min_rows):
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     with torch.no_grad():
         model[1].weight.zero_()[:, 2] = 1  # every walk goes through row 2
-    sparse = rwfx.transform(model, num_paths=1, min_rows=min_rows, seed=0)
+    sparse = rwfx.transform(model, rows=rwfx.RandomWalk(1, min_rows=min_rows), seed=0)
     counts = torch.zeros(8)
     for _ in range(2000):
         sparse(torch.randn(1, 4))
@@ -195,7 +195,7 @@ def test_a_weight_that_no_walk_visits_has_no_row_without_min_rows():
     model = Model()
     with torch.no_grad():
         model.c.weight[:, 3:] = 0
-    sparse = rwfx.transform(model, num_paths=5, min_rows=0)
+    sparse = rwfx.transform(model, rows=rwfx.RandomWalk(5, min_rows=0))
     sparse(torch.randn(2, 4)).sum().backward()
     assert len(sparse.rows["b.weight"]) == 0
     assert model.b.weight.grad.count_nonzero() == 0
@@ -277,7 +277,7 @@ def test_a_model_that_is_cast_keeps_its_graph(dtype):
     model = Model()
     with torch.no_grad():
         model.head.weight.zero_()[0, 501] = 1
-    sparse = rwfx.transform(model, num_paths=200, min_rows=0).to(dtype)
+    sparse = rwfx.transform(model, rows=rwfx.RandomWalk(200, min_rows=0)).to(dtype)
     sparse(torch.randn(2, 4, dtype=dtype))
     assert sparse.rows["block.weight"].tolist() == [501]
 
@@ -310,7 +310,9 @@ def arguments_of_walk(sparse):
 
 @pytest.mark.parametrize("resample_every", [1, 3])
 def test_with_a_density_nothing_is_read_back_from_the_device(resample_every):
-    sparse = rwfx.transform(make(Residual), density=0.3, epsilon=0.1, seed=3, resample_every=resample_every)
+    sparse = rwfx.transform(
+        make(Residual), rows=rwfx.RandomWalk(density=0.3, epsilon=0.1), seed=3, resample_every=resample_every
+    )
     arguments = arguments_of_walk(sparse)
     with NothingReadBack():
         walk_op(*arguments)
@@ -389,6 +391,6 @@ def test_walks_cross_a_weight_of_integers():
         def forward(self, x):
             return F.linear(self.first(x).long(), self.fixed)
 
-    sparse = rwfx.transform(Model(), num_paths=3, min_rows=0)
+    sparse = rwfx.transform(Model(), rows=rwfx.RandomWalk(3, min_rows=0))
     sparse(torch.randn(2, 4))
     assert sparse.rows["first.weight"].tolist() == [1]
