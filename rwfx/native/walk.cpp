@@ -621,7 +621,10 @@ std::vector<Tensor> walk(
   };
 
   // With fewer walks than output weights, the turn of the first walk moves on from step to step.
-  Chances chances(unbiased ? stations : std::vector<Station>());
+  std::optional<Chances> chances;
+  if (unbiased) {
+    chances.emplace(stations);
+  }
   const int64_t turn = static_cast<int64_t>(uniform.key % static_cast<uint64_t>(num_heads));
   for (int64_t k = 0; k < num_heads; ++k) {
     const Starts from(starts[k], start_weights.empty() ? nullptr : &start_weights[k]);
@@ -629,8 +632,8 @@ std::vector<Tensor> walk(
     for (int64_t walk = (k + turn) % num_heads; walk < num_paths; walk += num_heads, ++dealt) {
       waiting[heads[k]].push_back({walk, from.draw(uniform(2 * num_stations + k, walk))});
     }
-    if (unbiased) {
-      chances.start(heads[k], from.ids(), from.chances(), dealt);
+    if (chances) {
+      chances->start(heads[k], from.ids(), from.chances(), dealt);
     }
   }
 
@@ -666,8 +669,8 @@ std::vector<Tensor> walk(
       const auto draw = [&](auto weighted, const double* f) {
         constexpr bool W = decltype(weighted)::value;
         draw_features<scalar_t, W>(weight, f, walkers, station.base, s, temperature, epsilon, uniform, features);
-        if (unbiased) {
-          chances.step<scalar_t, W>(station, weight, f, table, walkers, temperature, epsilon);
+        if (chances) {
+          chances->step<scalar_t, W>(station, weight, f, table, walkers, temperature, epsilon);
         }
       };
       if (own_factors.defined()) {
@@ -693,11 +696,11 @@ std::vector<Tensor> walk(
     Tensor rows = at::empty({static_cast<int64_t>(set.size())}, last.options());
     std::copy(set.begin(), set.end(), rows.mutable_data_ptr<int64_t>());
     out.push_back(rows);
-    if (unbiased) {
+    if (chances) {
       Tensor scale = at::empty(rows.sizes(), last.options().dtype(at::kFloat));
       float* to = scale.mutable_data_ptr<float>();
       for (const int64_t row : set) {
-        *to++ = static_cast<float>(1 / chances.of(use_of[kept[k]], row, min_rows == 1));
+        *to++ = static_cast<float>(1 / chances->of(use_of[kept[k]], row, min_rows == 1));
       }
       scales.push_back(scale);
     }
