@@ -148,6 +148,17 @@ def test_a_resumed_run_draws_the_rows_that_the_run_would_have_drawn(policy):
         assert_close(steps(other, 4), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_policy
+def test_a_model_of_another_type_trains(policy, dtype):
+    sparse = transformed(make(Residual), policy, grad="rows").to(dtype)
+    for _ in range(3):
+        sparse(torch.randn(5, 12, dtype=dtype)).sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sparse.float()(torch.randn(5, 12)).float().sum().backward()
+    assert all(1 <= len(rows) < len(sparse.get_parameter(name)) for name, rows in sparse.rows.items())
+
+
 def test_the_state_of_another_policy_is_refused():
     adaptive, plain = (transformed(make(Residual), policy) for policy in (AdaptiveWalk(3), RandomWalk(3)))
     with pytest.raises(ValueError, match="another row policy"):
