@@ -57,6 +57,46 @@ def test_row_linear_is_the_python_implementation(kernels, activation, direct, dx
                 assert_close(a.to_dense(), e.to_dense(), **tolerance)
 
 
+OBSERVING = {
+    "scale": {"scale": torch.linspace(0.5, 4, 9)},
+    "seen": {"seen": torch.zeros(70)},
+    "seen, rows": {"seen": torch.full((70,), -1.0), "seen_all": False},
+    "scale and seen": {"scale": torch.linspace(0.5, 4, 9), "seen": torch.zeros(70)},
+    "chosen": {"chosen": torch.zeros(71, dtype=torch.int64)},
+    "chosen and seen": {"chosen": torch.zeros(71, dtype=torch.int64), "seen": torch.zeros(70)},
+    "chosen and seen, rows": {
+        "chosen": torch.zeros(71, dtype=torch.int64), "seen": torch.full((70,), -1.0), "seen_all": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OBSERVING.values(), ids=OBSERVING)
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+@pytest.mark.parametrize("dx", ["rows", "full"])
+def test_row_linear_scales_sees_and_chooses_as_the_python_implementation(kernels, dx, grad, dtype, stored, options):
+    x, w, b = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((4, 9, 40), (70, 40), (70,)))
+    upstream = torch.randn(4, 9, 70, dtype=dtype)
+    if stored == "columns":
+        upstream = upstream.movedim(-1, 0).contiguous().movedim(0, -1)
+    rows, columns = torch.arange(2, 65, 7), torch.tensor([0, 5, 39])
+    runs = []
+    for call in (row_linear, _RowLinear.apply):
+        own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        more = [own.get(name, name == "seen_all" or None) for name in ("scale", "seen", "seen_all", "chosen")]
+        y = call(x, w, b, rows, dx, grad, None, None, None, columns, "gelu", False, *more)
+        runs.append((torch.autograd.grad(y, (x, w, b), upstream), own))
+    (ours, observed), (theirs, expected) = runs
+    tolerance = {"rtol": 0, "atol": 2e-4 if dtype == torch.float32 else 1e-12}
+    for a, e in zip(ours, theirs, strict=True):
+        assert a.layout == e.layout
+        assert_close(a.to_dense(), e.to_dense(), **tolerance)
+    for name in options.keys() - {"seen_all"}:
+        assert_close(observed[name], expected[name])
+        assert name == "scale" or not torch.equal(observed[name], options[name])
+
+
 WALKS = [
     {},
     {"num_paths": 1},
