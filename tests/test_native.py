@@ -60,6 +60,46 @@ def test_row_linear_is_the_python_implementation(kernels, activation, direct, dx
                 assert_close(a.to_dense(), e.to_dense(), **tolerance)
 
 
+OBSERVING = {
+    "scale": {"scale": torch.linspace(0.5, 4, 9)},
+    "seen": {"seen": torch.zeros(70)},
+    "seen, rows": {"seen": torch.full((70,), -1.0), "seen_all": False},
+    "scale and seen": {"scale": torch.linspace(0.5, 4, 9), "seen": torch.zeros(70)},
+    "chosen": {"chosen": torch.zeros(71, dtype=torch.int64)},
+    "chosen and seen": {"chosen": torch.zeros(71, dtype=torch.int64), "seen": torch.zeros(70)},
+    "chosen and seen, rows": {
+        "chosen": torch.zeros(71, dtype=torch.int64), "seen": torch.full((70,), -1.0), "seen_all": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OBSERVING.values(), ids=OBSERVING)
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+@pytest.mark.parametrize("dx", ["rows", "full"])
+def test_row_linear_scales_sees_and_chooses_as_the_python_implementation(kernels, dx, grad, dtype, stored, options):
+    x, w, b = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((4, 9, 40), (70, 40), (70,)))
+    upstream = torch.randn(4, 9, 70, dtype=dtype)
+    if stored == "columns":
+        upstream = upstream.movedim(-1, 0).contiguous().movedim(0, -1)
+    rows, columns = torch.arange(2, 65, 7), torch.tensor([0, 5, 39])
+    runs = []
+    for call in (row_linear, _RowLinear.apply):
+        own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        more = [own.get(name, name == "seen_all" or None) for name in ("scale", "seen", "seen_all", "chosen")]
+        y = call(x, w, b, rows, dx, grad, None, None, None, columns, "gelu", False, *more)
+        runs.append((torch.autograd.grad(y, (x, w, b), upstream), own))
+    (ours, observed), (theirs, expected) = runs
+    tolerance = {"rtol": 0, "atol": 2e-4 if dtype == torch.float32 else 1e-12}
+    for a, e in zip(ours, theirs, strict=True):
+        assert a.layout == e.layout
+        assert_close(a.to_dense(), e.to_dense(), **tolerance)
+    for name in options.keys() - {"seen_all"}:
+        assert_close(observed[name], expected[name])
+        assert name == "scale" or not torch.equal(observed[name], options[name])
+
+
 class TwoTrees(nn.Module):
     """Two heads; at the second, walks come to either of two weights or end."""
 
@@ -87,11 +127,11 @@ WALKS = [
 ]
 
 
-def walk_sampler(graph, resample_every=1, **options):
+def walk_sampler(graph, resample_every=1, kept=None, **options):
     walk, densities = RandomWalk(**options), None
     if walk.density is not None:
         densities = dict.fromkeys(graph.names, walk.density)
-    return WalkSampler(graph, list(graph.names), 7, walk, densities, resample_every)
+    return WalkSampler(graph, kept or list(graph.names), 7, walk, densities, resample_every)
 
 
 def draw_twice(sampler, weights, step, **new):
@@ -160,7 +200,7 @@ def test_walk_follows_factors_and_starts_and_gives_scales_as_the_python_implemen
 ):
     model = make(kind) if kind is Residual else kind()
     graph = rwfx.weight_graph(model)
-    sampler = RowSampler(graph, list(graph.names)[:-1], WalkOptions(**{"num_paths": 20, **options}), seed=7)
+    sampler = walk_sampler(graph, **{"num_paths": 20, **options}, kept=list(graph.names)[:-1])
     weights = [model.get_parameter(name).detach().clone().to(dtype) for name in sampler.crossed]
     for w in weights:
         w[0] = 0
