@@ -81,11 +81,6 @@ struct Update {
   bool first() const {
     return t == age;
   }
-
-  // What of a moment is left that a step multiplies by `factor`.
-  double left(double factor) const {
-    return age == 1 ? factor : std::pow(factor, age);
-  }
 };
 
 // How many updates a row has had: each its own number, or one number for the whole parameter. Where rows owe for the
@@ -123,21 +118,29 @@ struct Adam {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled_weight_decay, maximize;
   double grad_scale;
+  double log1 = std::log(beta1), log2 = std::log(beta2);  // taken once, not once a row
 
   // `largest` is null without amsgrad.
   template <typename scalar_t>
   void row(Update of, scalar_t* w, scalar_t* m, scalar_t* v, scalar_t* largest, const scalar_t* g, int64_t n) const {
     using real = real_t<scalar_t>;
     // expm1: for a beta close to one the difference 1 - beta**t loses four digits.
-    const double correction1 = beta1 == 0 ? 1 : -std::expm1(of.t * std::log(beta1));
-    const double correction2 = std::sqrt(beta2 == 0 ? 1 : -std::expm1(of.t * std::log(beta2)));
+    const double correction1 = -std::expm1(of.t * log1);
+    const double correction2 = std::sqrt(-std::expm1(of.t * log2));
+    // What is left of m, v and w of what they were at the row's last update.
+    double left1 = beta1, left2 = beta2, left_w = decoupled_weight_decay ? 1 - lr * weight_decay : 1;
+    if (of.age != 1) {
+      left1 = std::exp(of.age * log1);
+      left2 = std::exp(of.age * log2);
+      left_w = std::pow(left_w, of.age);
+    }
     const auto lr_hat = static_cast<real>(lr * correction2 / correction1);
     const auto eps_hat = static_cast<real>(eps * correction2);
     const auto sign = static_cast<real>((maximize ? -1 : 1) / grad_scale);
-    const auto keep1 = static_cast<real>(of.left(beta1)), take1 = static_cast<real>(1 - beta1);
-    const auto keep2 = static_cast<real>(of.left(beta2)), take2 = static_cast<real>(1 - beta2);
+    const auto keep1 = static_cast<real>(left1), take1 = static_cast<real>(1 - beta1);
+    const auto keep2 = static_cast<real>(left2), take2 = static_cast<real>(1 - beta2);
     const auto coupled = static_cast<real>(decoupled_weight_decay ? 0 : weight_decay);
-    const auto keep_w = static_cast<real>(decoupled_weight_decay ? of.left(1 - lr * weight_decay) : 1);
+    const auto keep_w = static_cast<real>(left_w);
     // Two loops, so that neither has a branch and both become vector instructions.
     if (largest == nullptr) {
 #pragma omp simd
@@ -236,7 +239,7 @@ struct SGD {
     }
     // b is zero the first time, so that g undampened is all of b.
     const auto take = static_cast<real>(of.first() ? 1 : 1 - dampening), mu = static_cast<real>(momentum);
-    const auto keep = static_cast<real>(of.left(momentum));
+    const auto keep = static_cast<real>(of.age == 1 ? momentum : std::pow(momentum, of.age));
     const real of_g = nesterov ? 1 : 0, of_b = nesterov ? mu : 1;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {

@@ -42,6 +42,10 @@ Batch = tuple[list[Tensor], list[Tensor], list[Tensor]]
 BATCH = 2**16
 UNVISITED: tuple[Unvisited, ...] = get_args(Unvisited)
 ONE_PASS_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+DIFFERENTIABLE = (
+    "is to be updated row by row with differentiable=True: rows are written in place, which autograd cannot follow. "
+    "Use differentiable=False, or dense gradients only."
+)
 SPARSE_LAYOUTS = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
 
@@ -178,46 +182,37 @@ def parameters_by_row(
                 continue
             state = optimizer.state.get(w, {})
             sparse, row_state = grad.layout in SPARSE_LAYOUTS, has_row_state(state)
-            fault = fault_of_state(w, state, unvisited) or (fault_by_row(grad, group) if sparse or row_state else None)
+            rows = row_state or (sparse and unvisited != "moving")
+            fault = (
+                fault_of_state(w, state)
+                or (fault_of_choice(state, unvisited) if row_state else None)
+                or (fault_of_gradient(grad) if sparse else None)
+                or (DIFFERENTIABLE if rows and group["differentiable"] else None)
+            )
             if fault is not None:
                 raise ValueError(f"parameter {position} of group {number}, of shape {tuple(w.shape)}, {fault}")
-            if row_state or (sparse and unvisited != "moving"):
-                by_row.append((w, group))
-            else:
-                dense.append((w, group))
-                if sparse:
-                    to_fill.append(w)
+            (by_row if rows else dense).append((w, group))
+            if sparse and not rows:
+                to_fill.append(w)
     return by_row, dense, to_fill
 
 
-def fault_by_row(grad: Tensor, group: Group) -> str | None:
-    """Why a parameter cannot be updated with this gradient row by row; None where it can."""
-    sparse_dim = grad.sparse_dim() if grad.layout == torch.sparse_coo else None
-    if grad.layout in SPARSE_LAYOUTS and sparse_dim != 1:
-        return (
-            f"has a gradient of layout {grad.layout}, sparse_dim={sparse_dim}. A row gradient is torch.sparse_coo with "
-            "sparse_dim=1: indices (1, K), values (K, ...). Make the gradient that, or dense with "
-            "w.grad = w.grad.to_dense()."
-        )
-    if group["differentiable"] and group["unvisited"] != "moving":
-        return (
-            "is to be updated row by row with differentiable=True: rows are written in place, which autograd cannot "
-            "follow. Use differentiable=False, or dense gradients only."
-        )
-    return None
-
-
-def fault_of_state(w: Tensor, state: dict[str, Any], unvisited: Unvisited) -> str | None:
-    """Why the state is of another parameter, for ``load_state_dict`` does not look, or of another choice; or None."""
+def fault_of_state(w: Tensor, state: dict[str, Any]) -> str | None:
+    """Why the state is that of another parameter, for ``load_state_dict`` does not look; None where it is not."""
     shape = w.shape
     for name, of in state.items():
-        if isinstance(of, Tensor) and of.dim() and of.shape != (shape[:1] if name == "step" else shape):
+        if not isinstance(of, Tensor) or of.shape == shape or of.dim() == 0:
+            continue
+        if name != "step" or of.shape != shape[:1]:
             return (
                 f"has a state {name!r} of shape {tuple(of.shape)}: it was loaded from an optimizer of other "
                 "parameters, or of the same in another order."
             )
-    if not has_row_state(state):
-        return None
+    return None
+
+
+def fault_of_choice(state: dict[str, Any], unvisited: Unvisited) -> str | None:
+    """Why row state cannot be continued with this choice; None where it can."""
     was = "owed" if "steps" in state else "frozen"
     if was == unvisited:
         return None
@@ -225,6 +220,18 @@ def fault_of_state(w: Tensor, state: dict[str, Any], unvisited: Unvisited) -> st
         f"has row state of unvisited={was!r}, and its group now says {unvisited!r}: its rows have been updated at "
         f"different steps, which the two count differently. Set the group's unvisited to {was!r}, or forget the state "
         "with optimizer.state.pop(parameter)."
+    )
+
+
+def fault_of_gradient(grad: Tensor) -> str | None:
+    """Why a sparse gradient is not a row gradient; None where it is one."""
+    sparse_dim = grad.sparse_dim() if grad.layout == torch.sparse_coo else None
+    if sparse_dim == 1:
+        return None
+    return (
+        f"has a gradient of layout {grad.layout}, sparse_dim={sparse_dim}. A row gradient is torch.sparse_coo with "
+        "sparse_dim=1: indices (1, K), values (K, ...). Make the gradient that, or dense with "
+        "w.grad = w.grad.to_dense()."
     )
 
 
@@ -338,12 +345,14 @@ def row_state(w: Tensor, group: Group, states: States, *moments: str) -> dict[st
         state["steps"] += 1
     # load_state_dict moves the moments to w's device, and leaves step where it was saved. torch.optim counts in the
     # default dtype, the kernels in float32.
-    state["step"] = step.to(w.device if step.dim() else step.device, torch.float32)
+    if step.dtype != torch.float32 or (step.dim() and step.device != w.device):
+        step = step.to(w.device if step.dim() else step.device, torch.float32)
+    state["step"] = step
     for name in moments:
         of = state.get(name)
         if of is None:
             state[name] = torch.zeros_like(w, memory_format=torch.preserve_format)
-        elif w.is_contiguous() and not of.is_contiguous():
+        elif not of.is_contiguous() and w.is_contiguous():
             state[name] = of.contiguous()
     return state
 
