@@ -109,7 +109,7 @@ class TwoTrees(nn.Module):
         self.d, self.e, self.f = nn.Linear(5, 70), nn.Linear(5, 4), nn.Linear(70 + 5 + 4, 9)
 
     def forward(self, x):
-        return self.c(self.b(self.a(x))), self.f(torch.cat([self.e(x), x, self.d(x)], 1).flip(1))
+        return self.c(self.b(self.a(x)).flip(1)), self.f(torch.cat([self.e(x), x, self.d(x)], 1).flip(1))
 
 
 WALKS = [

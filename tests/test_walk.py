@@ -443,6 +443,17 @@ class TwoHeads(nn.Module):
         return self.c(self.a(x)), self.d(self.b(x))
 
 
+class Added(nn.Module):
+    """Two weights whose rows are added: a junction, though each use is led to once."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.c(self.a(x) + self.b(x))
+
+
 class Flattened(nn.Module):
     """Two features for each row of the first weight, in another order."""
 
@@ -733,11 +744,12 @@ def test_scales_leave_the_rows_as_they_are_and_have_no_gradient(tree):
         (lambda: chain(4, 3, 2), True),
         (Concatenated, True),
         (TwoHeads, True),
-        (lambda: make(Residual), False),  # a junction
+        (Added, False),
+        (lambda: make(Residual), False),
         (lambda: make(Twice), False),
         (lambda: make(Heads), False),  # two heads lead to one weight
     ],
-    ids=["chain", "concatenated", "two heads", "residual", "twice", "shared"],
+    ids=["chain", "concatenated", "two heads", "added", "residual", "twice", "shared"],
 )
 def test_a_tree_has_one_way_to_each_use(kind, expected):
     call = Call(kind())
