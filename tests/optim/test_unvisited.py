@@ -527,3 +527,16 @@ def test_a_choice_may_be_changed_while_all_rows_have_had_the_same_steps(implemen
     optimizer.state.pop(changed)
     optimizer.step()
     assert not torch.equal(changed, before[1])
+
+
+@pytest.mark.parametrize("now", [0, 4], ids=["frozen", "owed"])
+def test_the_kernels_change_what_their_schemas_say(now):
+    if not native.ready():
+        pytest.skip("no kernels on this machine")
+    w, m, v, g = torch.rand(4, 5, 3)
+    step = torch.tensor([0.0, 1.0, 3.0, 0.0, 2.0])
+    adam = ([w], [m], [v], [], [step], [now], [g], 0.1, 0.9, 0.99, 1e-8, 0.1, True, False, 1.0)
+    sgd = ([w], [m], [step], [now], [g], 0.1, 0.9, 0.0, 0.1, False, False, 1.0)
+    # They have no fake implementation: an optimizer steps eagerly.
+    torch.library.opcheck(torch.ops.rwfx.adam_rows_.default, adam, test_utils="test_schema")
+    torch.library.opcheck(torch.ops.rwfx.sgd_rows_.default, sgd, test_utils="test_schema")
