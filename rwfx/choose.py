@@ -48,6 +48,8 @@ def lines_of(
             reason = f"it is {parameter.dtype} of shape {tuple(parameter.shape)}"
         elif densities is not None and weight not in densities:
             reason = "density= does not name it"
+            if not isinstance(policy.density, Mapping):
+                reason = "it gives the outputs, whose rows are terms of the loss; a density by name makes it sparse"
         elif isinstance(policy, TopK) and len(uses) > 1:
             reason = f"{len(uses)} calls use it, and TopK would choose other rows in each"
         elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
@@ -71,7 +73,10 @@ def lines_of(
 
 
 def densities_of(density: Densities | None, graph: WeightGraph) -> dict[str, float | Schedule] | None:
-    """The density of each weight; none where none is given, without the weights that a mapping does not name.
+    """The density of each weight; None where none is given.
+
+    Not of a weight that a mapping does not name; nor, without a mapping, of one that gives outputs and nothing else:
+    a row of it that is left out is a part of the loss that is left out. meProp (Sun et al. 2017) does the same.
 
     Raises:
         ValueError: a mapping has a name that matches nothing.
@@ -79,7 +84,9 @@ def densities_of(density: Densities | None, graph: WeightGraph) -> dict[str, flo
     if density is None:
         return None
     if not isinstance(density, Mapping):
-        return dict.fromkeys(graph.names, density)
+        read = {target for k in range(len(graph.stations)) for target in graph.station_of(graph.sources(k)).tolist()}
+        outputs = {graph.stations[head].weight for head in graph.heads if head not in read}  # type: ignore[union-attr]
+        return {weight: density for weight in graph.names if weight not in outputs}
     found, unused = {}, set(density)
     for weight, names in graph.names.items():
         matching = [pattern for pattern in density if any(_matches(name, [pattern]) for name in names)]

@@ -10,8 +10,9 @@ random stream: ``RandomWalk``, ``AdaptiveWalk``, ``LearnedWalk``, ``Uniform``, `
 
 ``density`` is everywhere a share of a weight's rows, rounded up: a number, a schedule (``rwfx.schedules``), or a
 mapping from names of weights or modules (``*`` and ``?`` match any letters, the first that matches counts) to either;
-a weight that no name matches stays dense. With numbers no shape changes from step to step; with a schedule the density
-may change at every step, and nothing is compiled again.
+a weight that no name matches stays dense. Without names, so does a weight that gives outputs and nothing else. With
+numbers no shape changes from step to step; with a schedule the density may change at every step, and nothing is
+compiled again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,8 +50,8 @@ class RandomWalk(_Worded):
     and goes on at the row that produces feature ``j``.
 
     Args:
-        num_paths: walks a step; 50 where ``density`` is not given either, and with ``density`` by default twice as many
-            as the largest row set.
+        num_paths: walks a step; 50 where ``density`` is not given either, and with ``density`` by default four times as
+            many as the largest row set.
         density: every row set then has so many rows: those that the first walks come by, and where the walks visit
             fewer, others as well, uniformly without replacement.
         temperature: above 0; towards 0 a walk takes the largest weight, at infinity any.
@@ -123,7 +124,7 @@ class AdaptiveWalk(RandomWalk):
     """
 
     start: Start = "gradient"
-    power: float = 2.0
+    power: float = 4.0
     memory: float = 0.9
     floor: float = 0.1
 
@@ -159,9 +160,9 @@ class LearnedWalk(RandomWalk):
     optimistic initial values (section 2.6). Forgetting towards the optimistic value is this library's own.
     """
 
-    power: float = 2.0
+    power: float = 4.0
     rate: float = 0.3
-    forget: float = 0.01
+    forget: float = 0.003
     optimism: float = 2.0
     floor: float = 0.05
 

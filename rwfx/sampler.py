@@ -137,14 +137,14 @@ class RowSampler(KeepsTypes):
     def _budget(self, num_paths: int | None = 0) -> Tensor | None:
         """The walks of this step and the rows of each set, ``(1 + len(kept),)``, where schedules decide them.
 
-        ``num_paths=None``: twice as many walks as the largest set has rows. None are needed for sets of all rows.
+        ``num_paths=None``: ``WALKS_A_ROW`` for each row of the largest set. None are needed for sets of all rows.
         """
         if not self._scheduled:
             return None
         sizes = torch.tensor(self.sizes)
         density = torch.stack([density_at(of, self.state[1]) for of in self._densities])
         counts = (density * sizes - ROUNDING).ceil().long().maximum(torch.tensor(self._least)).minimum(sizes)
-        walks = 2 * counts.amax() if num_paths is None else torch.tensor(num_paths)
+        walks = WALKS_A_ROW * counts.amax() if num_paths is None else torch.tensor(num_paths)
         return torch.cat([torch.where((counts == sizes).all(), 0, walks)[None], counts])
 
     def _could_draw(self, last: Tensor) -> bool:
@@ -157,6 +157,9 @@ class RowSampler(KeepsTypes):
             for rows, size in zip(read_last(last, self.sizes), self.sizes, strict=True)
         )
 
+
+WALKS_A_ROW = 4
+"""So many walks find most of the rows that they would ever come by."""
 
 ROUNDING = 1e-9  # what a decimal loses in binary: 0.07 of 100 rows are 7
 

@@ -18,7 +18,7 @@ from rwfx.labels import Junction, WeightUse
 from rwfx.ops.walk import Station, is_tree, mix, pack_stations, sweep
 from rwfx.policies import AdaptiveWalk, LearnedWalk, RandomWalk
 from rwfx.preference import Preference, observed_uses
-from rwfx.sampler import Buffers, RowSampler
+from rwfx.sampler import WALKS_A_ROW, Buffers, RowSampler
 from rwfx.schedules import Schedule
 from rwfx.weight_graph import WeightGraph
 
@@ -179,7 +179,7 @@ class WalkSampler(RowSampler):
     def num_paths(self) -> int:
         """How many walks a step draws; under a schedule as many as where it keeps the fewest rows."""
         most = max(super().expected_rows().values()) if self._scheduled else 0
-        return self.policy.num_paths or (2 * int(most) if self._scheduled else self._walks())
+        return self.policy.num_paths or (WALKS_A_ROW * int(most) if self._scheduled else self._walks())
 
     def expected_rows(self, weights: Sequence[Tensor] = (), draws: int = 3) -> dict[str, float]:
         """As for any sampler; where no density says so, the mean over a few draws of walks that step uniformly.
@@ -212,7 +212,7 @@ class WalkSampler(RowSampler):
 
     def _walks(self) -> int:
         """How many walks a step draws, where no schedule decides."""
-        return self.policy.num_paths or (2 * max(self.exactly) if self.exactly else PATHS)
+        return self.policy.num_paths or (WALKS_A_ROW * max(self.exactly) if self.exactly else PATHS)
 
 
 PATHS = 50

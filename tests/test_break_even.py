@@ -196,7 +196,7 @@ def test_where_nothing_but_products_costs_every_weight_that_saves_some_is_sparse
     # With every row kept nothing is saved: dense and sparse cost the same.
     whole = CostModel(flop=1, update=1, call=0, gather=0, pass_=0, read=0)
     with pytest.warns(UserWarning, match="no weight of Sequential"):
-        full = rwfx.transform(mlp(8, 64, 32), density=1.0, seed=0, break_even=whole)
+        full = rwfx.transform(mlp(8, 64, 32), density={"*": 1.0}, seed=0, break_even=whole)
     assert full.report.dense.keys() == {"0.weight", "2.weight"}
     assert all(line.costs.dense == line.costs.sparse for line in full.report.lines)
 
@@ -205,7 +205,7 @@ def test_where_nothing_but_products_costs_every_weight_that_saves_some_is_sparse
 @pytest.mark.parametrize("grad", ["rows", "dense"])
 def test_a_weight_is_weighed_with_the_rows_and_columns_that_it_will_have(grad, dx):
     model, how = CostModel(batch_size=10, flop=1e-9), (grad == "dense", dx == "full")
-    sparse = rwfx.transform(mlp(64, 128, 96, 80), density=0.25, seed=0, break_even=model, grad=grad, dx=dx)
+    sparse = rwfx.transform(mlp(64, 128, 96, 80), density={"*": 0.25}, seed=0, break_even=model, grad=grad, dx=dx)
     assert sparse.report.sparse == ("0.weight", "2.weight", "4.weight")
     kept = {"0.weight": 32, "2.weight": 24, "4.weight": 20}
     sources = [(), ("0.weight",), ("2.weight",)] if dx == "rows" else [()] * 3

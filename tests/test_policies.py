@@ -9,7 +9,7 @@ from oracles import masked_backward, masked_gradients, to_dense
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
-from zoo import ZOO, Heads, Modules, Residual, Twice, loss_of, make
+from zoo import ZOO, Heads, Modules, Residual, Single, Twice, loss_of, make
 
 import rwfx
 from rwfx import AdaptiveWalk, LearnedWalk, Magnitude, RandomWalk, TopK, Uniform, schedules
@@ -61,8 +61,8 @@ def listen(sparse):
 
 
 def fits(policy, kind):
-    """Twice is no place for what needs each weight used once."""
-    return not (getattr(policy, "unbiased", False) and kind is Twice)
+    """Twice is no place for what no gradient may pass twice, Single none for a density: it has an output weight alone."""
+    return not (getattr(policy, "unbiased", False) and kind is Twice) and not (policy.density and kind is Single)
 
 
 @every_policy

@@ -359,7 +359,7 @@ def test_with_a_density_the_rows_are_those_that_the_first_walks_come_by():
     model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 50))
     graph, weights = rwfx.weight_graph(model), dict(model.named_parameters())
     for seed in range(20):
-        sparse = rwfx.transform(model, 60, density=0.25, seed=seed)
+        sparse = rwfx.transform(model, 60, density={"*": 0.25}, seed=seed)
         sparse(torch.randn(2, 30))
         walks = rwfx.random_walks(graph, weights, 60, seed=seed)
         for column, (name, count) in enumerate({"0.weight": 10, "1.weight": 13}.items()):
