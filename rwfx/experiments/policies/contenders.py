@@ -87,8 +87,14 @@ def trainer_of(
     options: dict[str, Any] = {"epochs": epochs, "seed": seed, "progress": False}
     if contender.density is None:
         return RandomWalkTrainer(network, "full", **options)
-    options |= {"example_inputs": (inputs,), "dense": [_head(network)] if plan.dense_head else [], **plan.transform_options}
-    return RandomWalkTrainer(network, "rw_sparse", rows=POLICIES[contender.kind](contender.density, steps), **options)
+    options |= {"rows": POLICIES[contender.kind](contender.density, steps), **transform_options(plan, network, inputs)}
+    return RandomWalkTrainer(network, "rw_sparse", **options)
+
+
+def transform_options(plan: Plan, network: nn.Module, inputs: Tensor) -> dict[str, Any]:
+    """The arguments of ``rwfx.transform`` besides the policy."""
+    dense = [_head(network)] if plan.dense_head else []
+    return {"example_inputs": (inputs,), "dense": dense, **plan.transform_options}
 
 
 def _dense_first(density: float, steps: int) -> DenseFirst:

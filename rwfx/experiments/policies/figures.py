@@ -22,7 +22,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "TopK": {"color": "#009E73", "marker": "^"},
     "Uniform": {"color": "#E69F00", "marker": "v"},
     "Magnitude": {"color": "#56B4E9", "marker": "P"},
-    "DenseFirst+AdaptiveWalk": {"color": "#D55E00", "marker": "s", "markerfacecolor": "white", "linestyle": (0, (4, 2))},
+    "DenseFirst+AdaptiveWalk": {
+        "color": "#D55E00",
+        "marker": "s",
+        "markerfacecolor": "white",
+        "linestyle": (0, (4, 2)),
+    },
     "DenseFirst+TopK": {"color": "#009E73", "marker": "^", "markerfacecolor": "white", "linestyle": (0, (4, 2))},
 }
 BARS: dict[str, Any] = {"capsize": 2, "elinewidth": 0.8, "markersize": 6, "linewidth": 1.2}
@@ -54,9 +59,7 @@ def draw_forgetting(lines: Sequence[Line], metric: Metric, path: Path, title: tu
     _scatter(lines, metric, path, title, lambda line: (line.forgetting, 100.0), "forgotten of the first task, points")
 
 
-def draw_curves(
-    results: Sequence[Result], density: float, metric: Metric, path: Path, title: tuple[str, str]
-) -> None:
+def draw_curves(results: Sequence[Result], density: float, metric: Metric, path: Path, title: tuple[str, str]) -> None:
     """Draw the metric against the step, for dense and for every policy at one density."""
     figure, (panel,) = make_panels(1, width=7.5)
     shown = [DENSE, *[Contender(kind, density) for kind in STYLES]]
@@ -93,8 +96,6 @@ def _scatter(
     for name, members in groups.items():
         if not members:
             continue
-        # From the cheapest to the dearest: a line then has no kinks but those that were measured.
-        members = sorted(members, key=lambda line: (line.contender.density or 0, line.shares["updates" * 0 or "step"].value))
         xs, ys = zip(*((across(line), line.metric) for line in members), strict=True)
         x, x_bar = _numbers([of for of, _ in xs], xs[0][1])
         y, y_bar = _numbers(ys, metric.scale)

@@ -31,7 +31,7 @@ class Plan:
     policies: tuple[str, ...] = POLICY_NAMES
     densities: tuple[float, ...] = (0.05, 0.1, 0.25)
     dense_shares: tuple[float, ...] = (0.05, 0.1, 0.25, 0.4, 0.6, 0.8)
-    """The shares of the steps after which further dense runs end; the small ones cost as many updates as sparse runs."""
+    """The shares of the steps after which further dense runs end; small ones cost as many updates as sparse runs."""
     batch_shares: tuple[float, ...] = (0.5, 0.25)
     """The shares of the batch with which further dense runs take all steps."""
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)

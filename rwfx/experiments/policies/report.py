@@ -16,12 +16,12 @@ LEGEND = (
     "the contender's own steps.",
     "*row-sparse*: how many of the weights have a row-sparse backward; it would not pay for the others, or they were "
     "asked to stay dense.",
-    "*seconds*, *FLOPs*, *updates*: of the whole run, over those of `dense`, of the same seed. Seconds are measured, of "
-    "forward, backward, optimizer and `zero_grad`; FLOPs are those of matrix products, of which a sparse backward's "
+    "*seconds*, *FLOPs*, *updates*: of the whole run, over those of `dense`, of the same seed. Seconds are measured, "
+    "of forward, backward, optimizer and `zero_grad`; FLOPs are those of matrix products, of which a sparse backward's "
     "are counted as K of O rows, each with all its features; updates are scalars that the optimizer changed.",
     "*ahead of dense at equal ...*: how much better the metric is than what dense runs with fewer steps reach at the "
-    "same cost, linearly between the two nearest of them, of the same seed; above 0 is better than dense. Empty where no "
-    "dense run is as cheap or as dear, and for those dense runs themselves.",
+    "same cost, linearly between the two nearest of them, of the same seed; above 0 is better than dense. Empty where "
+    "no dense run is as cheap or as dear, and for those dense runs themselves.",
     "± is half a 95 % interval of the mean over seeds (Student's).",
 )
 
@@ -69,8 +69,8 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
             result.lr,
             result.seed,
             result.sparse,
-            *vars(point).values(),
-            result.earlier_before,
+            **vars(point),
+            earlier_before=result.earlier_before,
         )
         for result in results
         for point in result.points
@@ -98,8 +98,8 @@ def legend(plan: Plan) -> str:
     """Say what the columns mean, and how the rates were chosen and the seconds taken."""
     grid = ", ".join(f"{lr:g}" for lr in plan.lrs)
     how = (
-        f"Learning rates: {grid}, for every contender alike; one run each with the seed {TUNING_SEED}, judged on a tenth "
-        "of the training data that no run is trained on. The final runs are judged on test data.",
+        f"Learning rates: {grid}, for every contender alike; one run each with the seed {TUNING_SEED}, judged on a "
+        "tenth of the training data that no run is trained on. The final runs are judged on test data.",
         "The contenders of a seed begin with the same weights and see the same examples in the same order. They take "
         f"turns of {TURN} steps; the first step of a turn counts as long as the median of the others.",
     )

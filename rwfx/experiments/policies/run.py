@@ -12,7 +12,6 @@ Written are ``policies.md``, ``policies.csv`` (after every seed), ``tuning.csv``
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -48,7 +47,9 @@ def run(plan: Plan, *, progress: bool = True) -> list[Result]:
     results: list[Result] = []
     made: list[Trial] = []
     text = ""
-    with tqdm(total=sum(_steps(plan, task) for task in tasks), unit="step", mininterval=0.5, disable=not progress) as bar:
+    with tqdm(
+        total=sum(_steps(plan, task) for task in tasks), unit="step", mininterval=0.5, disable=not progress
+    ) as bar:
         for task in tasks:
             tuned = _tune(plan, task, bar)
             made += tuned
@@ -89,19 +90,14 @@ def check_folder(out: Path) -> None:
         raise ValueError(f"folder {os.fspath(out)!r} cannot be written to: {error.strerror}") from error
 
 
-def start_of(plan: Plan, task: Task, seed: int) -> Iterator[nn.Module]:
-    """Make the network that every contender of a seed begins with: trained densely where there is an earlier task.
-
-    Yields:
-        The network, after each turn of that training; the last one is finished.
-    """
+def start_of(plan: Plan, task: Task, seed: int) -> nn.Module:
+    """Make the network that every contender of a seed begins with: trained densely where there is an earlier task."""
     network = task.network(seed)
     if task.earlier is None:
-        yield network
-        return
+        return network
     first = Run(plan, DENSE, network, task.earlier.train, plan.steps_of(task.name), FIRST_LR, seed)
-    for _ in take_turns([first]):
-        yield first.network
+    first.take_turn(first.steps)
+    return first.network
 
 
 def _tune(plan: Plan, task: Task, bar: tqdm) -> list[Trial]:
@@ -140,8 +136,8 @@ def _race(plan: Plan, task: Task, rates: dict[Contender, float], seed: int, bar:
 
 
 def _start(plan: Plan, task: Task, seed: int, bar: tqdm) -> nn.Module:
-    bar.set_description(f"{task.name}: first task")
-    *_, start = start_of(plan, task, seed)
+    bar.set_description(f"{task.name}: seed {seed}")
+    start = start_of(plan, task, seed)
     bar.update(_first_steps(plan, task))
     return start
 
@@ -163,7 +159,9 @@ def _steps(plan: Plan, task: Task) -> int:
 def _about(plan: Plan) -> str:
     options = {**plan.transform_options, "dense_head": plan.dense_head}
     found = {
-        "run": f"{', '.join(plan.tasks)}; " + ", ".join(f"{name} {value}" for name, value in options.items()) + ", eager",
+        "run": f"{', '.join(plan.tasks)}; "
+        + ", ".join(f"{name} {value}" for name, value in options.items())
+        + ", eager",
         **conditions(plan.device),
     }
     return f"## What the columns mean\n\n{legend(plan)}\n\n## Conditions\n\n{as_markdown(found)}"

@@ -138,7 +138,9 @@ def _language(plan: Plan) -> Task:
     test = len(codes) - len(codes) // 10
     validation = test - test // 10
     if len(codes) // 10 <= CONTEXT or validation <= CONTEXT:
-        raise ValueError(f"the text has {len(codes)} characters: too few for windows of {CONTEXT} in each of its parts.")
+        raise ValueError(
+            f"the text has {len(codes)} characters: too few for windows of {CONTEXT} in each of its parts."
+        )
     split = Split(
         Part(*windows(codes[:validation], CONTEXT)),
         _judged(Part(*windows(codes[validation:test], CONTEXT))),
