@@ -19,7 +19,7 @@ from rwfx.label_rules import bare_name
 from rwfx.ops.linear import ACTIVATIONS
 
 ROW_LINEAR = torch.ops.rwfx.row_linear.default
-ARGUMENTS = ROW_LINEAR._schema.arguments
+PLACES = {argument.name: place for place, argument in enumerate(ROW_LINEAR._schema.arguments)}
 
 # What row_linear can do itself, by class; by bare name it is ACTIVATIONS.
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -59,16 +59,16 @@ def read_columns(gm: GraphModule) -> GraphModule:
         columns = _columns(confined, call)
         if columns is None:
             continue
-        call.kwargs = {**call.kwargs, "columns": columns}
-        activated = call.args[0]
+        _tell(call, "columns", columns)
+        activated = _argument(call, "x")
         activation = _activation(confined, activated, call)
         if activation:
-            call.args = (activated.all_input_nodes[0], *call.args[1:])
-            call.kwargs = {**call.kwargs, "activation": activation}
+            _tell(call, "x", activated.all_input_nodes[0])
+            _tell(call, "activation", activation)
             confined.graph.erase_node(activated)
-        source = call.args[0]
+        source = _argument(call, "x")
         if source.target is ROW_LINEAR and list(source.users) == [call]:
-            call.kwargs = {**call.kwargs, "direct": True}
+            _tell(call, "direct", True)
     confined.graph.lint()
     confined.recompile()
     return confined
@@ -76,7 +76,7 @@ def read_columns(gm: GraphModule) -> GraphModule:
 
 def _columns(gm: GraphModule, call: Node) -> Node | None:
     """The row set that holds every column that is read of the gradient of the call's input; None: all may be."""
-    at, between = call.args[0], call.prev
+    at, between = _argument(call, "x"), call.prev
     while isinstance(at, Node):
         # What changes a value under the hands of its readers is in the way too, whether or not its result is used.
         while between is not at:
@@ -99,11 +99,18 @@ def _reads_all(call: Node) -> bool:
 
 def _argument(call: Node, name: str) -> Any:
     """What a row-sparse call is given, in its place, by name or by default."""
-    for value, argument in zip(call.args, ARGUMENTS, strict=False):
-        if argument.name == name:
-            return value
-    (default,) = (argument.default_value for argument in ARGUMENTS if argument.name == name)
-    return call.kwargs.get(name, default)
+    place = PLACES[name]
+    if place < len(call.args):
+        return call.args[place]
+    return call.kwargs.get(name, ROW_LINEAR._schema.arguments[place].default_value)
+
+
+def _tell(call: Node, name: str, value: Any) -> None:
+    """Give a row-sparse call an argument: by name, if it has none in that place."""
+    if PLACES[name] < len(call.args):
+        call.update_arg(PLACES[name], value)
+    else:
+        call.update_kwarg(name, value)
 
 
 def _is_pointwise(gm: GraphModule, node: Node) -> bool:

@@ -13,18 +13,23 @@ input needs a gradient):
               + 2 B O I * flop                    + B I * pass_
     sparse   =  2 B K I * flop  +  B K * gather   + K I * update  +  call
               + 2 B K C * flop  +  K C * gather   + B C * pass_
+With ``grad="dense"`` every row is updated, ``O I * update``, and filled with zeros before, ``O I * pass_``; with
+``dx="full"`` the second line is the dense one. A step also draws the rows:
+
     sampler  =  num_paths * (I, over all weights that walks cross) * read  +  call
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 
 import rwfx.ops  # noqa: F401  defines the operators
+from rwfx.arguments import check_number
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Candidate:
     input_grads: int  # at how many of these calls the input's gradient is needed
     batch_size: int  # rows of input of one call
     sources: tuple[str, ...] = ()  # the weights whose rows are the only columns read of such a gradient
+    dense_grad: bool = False  # whether gradients are filled up with zeros, and the optimizer updates every row
+    full_dx: bool = False  # whether the input's gradient is that of all rows
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,12 @@ class CostModel:
     read: float = 1.5e-10
     call: float = 4e-5
 
+    def __post_init__(self) -> None:
+        check_number("batch_size", self.batch_size, Integral, 1)
+        for name in ("flop", "update", "gather", "pass_", "read", "call"):
+            # Predictions are divided by what a product takes; the others may be nothing.
+            check_number(name, getattr(self, name), Real, 0, above=name == "flop")
+
     def costs(self, candidate: Candidate, kept: Mapping[str, float]) -> Costs:
         """Predict for a weight; ``kept`` are the rows expected of those whose backward is row-sparse."""
         of, batch = candidate, candidate.batch_size
@@ -87,7 +100,11 @@ class CostModel:
         dense = forward + of.rows * of.features * self.update
         dense += of.input_grads * (of.rows * product + batch * of.features * self.pass_)
         sparse = of.calls * (of.kept * product + batch * of.kept * self.gather + self.call)
-        sparse += of.kept * of.features * self.update
+        updated = of.rows if of.dense_grad else of.kept
+        sparse += updated * of.features * self.update + of.dense_grad * of.rows * of.features * self.pass_
+        if of.full_dx:
+            full = of.rows * product + batch * of.features * self.pass_
+            return Costs(forward, dense, sparse + of.input_grads * full)
         confined = [kept[source] for source in of.sources if source in kept]
         for columns in [*confined, *[of.features] * (of.input_grads - len(confined))]:
             sparse += columns * (of.kept * (2 * batch * self.flop + self.gather) + batch * self.pass_)
@@ -114,6 +131,7 @@ class CostModel:
     @classmethod
     def measured(cls, batch_size: int = 128) -> "CostModel":
         """Measure this machine's CPU, with as many threads as torch uses now."""
+        check_number("batch_size", batch_size, Integral, 1)
         x, w = torch.randn(256, 1024), torch.nn.Parameter(torch.randn(1024, 1024))
         rows = torch.arange(0, 1024, 4)
         flop = _seconds(lambda: F.linear(x, w.detach())) / (2 * 256 * 1024 * 1024)

@@ -92,28 +92,37 @@ def densities_of(density: Densities | None, graph: WeightGraph) -> dict[str, flo
     return found
 
 
-def weigh(
-    gm: GraphModule,
-    rows: Mapping[str, RowNodes],
-    sampler: RowSampler,
-    lines: Sequence[Line],
-    graph: WeightGraph,
-    shapes: Mapping[str, torch.Size] | None,
-    model: CostModel,
-) -> tuple[Line, ...]:
-    """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
+def with_sources(lines: Sequence[Line], gm: GraphModule, rows: Mapping[str, RowNodes]) -> tuple[Line, ...]:
+    """The lines with the weights whose rows are the only columns that are read of an input's gradient.
 
-    ``gm`` is the model with every weight of ``rows`` made row-sparse, ``rows`` the names of the row sets' nodes, and
-    ``sampler`` what draws them. ``graph`` and ``shapes`` are of the model before that.
+    ``gm`` is the model with every weight of ``rows`` made row-sparse, ``rows`` the names of what draws their rows.
     """
-    kept = sampler.expected_rows([gm.get_parameter(name) for name in sampler.crossed])
     weight_at = {nodes.rows: weight for weight, nodes in rows.items()}
-    sources: dict[str, list[str]] = {}  # per weight: those whose rows are the columns read, call by call
+    sources: dict[str, list[str]] = {}
     for node in gm.graph.nodes:
         if node.target is ROW_LINEAR:
             columns = str(node.kwargs.get("columns", ""))
             if columns in weight_at:
                 sources.setdefault(weight_at[str(node.args[3])], []).append(weight_at[columns])
+    return tuple(replace(line, sources=tuple(sources.get(line.weight, ()))) for line in lines)
+
+
+def weigh(
+    gm: GraphModule,
+    sampler: RowSampler,
+    lines: Sequence[Line],
+    graph: WeightGraph,
+    shapes: Mapping[str, torch.Size] | None,
+    model: CostModel,
+    grad: str,
+    dx: str,
+) -> tuple[Line, ...]:
+    """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
+
+    ``gm`` is the model with the weights of ``lines`` made row-sparse, and ``sampler`` what draws their rows. ``graph``
+    and ``shapes`` are of the model before that.
+    """
+    kept = sampler.expected_rows([gm.get_parameter(name) for name in sampler.crossed])
     candidates = []
     for line in lines:
         if line.dense_because:
@@ -121,8 +130,8 @@ def weigh(
         nodes = [use.node for use in graph.uses if use.weight == line.weight]
         batch = max(shapes[node].numel() // line.rows for node in nodes) if shapes else model.batch_size
         shape = line.rows, line.features, kept[line.weight]
-        read = tuple(sources.get(line.weight, ()))
-        candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, read))
+        how = line.sources, grad == "dense", dx == "full"
+        candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how))
     crossed = sum(gm.get_parameter(name).shape[1] for name in sampler.crossed)
     paying = model.paying(candidates, model.sampler(sampler.num_paths, crossed))
     alone = {of.weight: model.costs(of, {}) for of in candidates}

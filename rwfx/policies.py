@@ -15,7 +15,7 @@ may change at every step, and nothing is compiled again.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -29,8 +29,16 @@ Densities = Density | Mapping[str, Density]
 Start = str | Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[float]]
 
 
-@dataclass(frozen=True)
-class RandomWalk:
+class _Worded:
+    """A ``repr`` that leaves out what is as by default."""
+
+    def __repr__(self) -> str:
+        given = [f for f in fields(self) if getattr(self, f.name) is not f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
+
+@dataclass(frozen=True, repr=False)
+class RandomWalk(_Worded):
     """The rows that random walks visit, from the outputs back to the inputs.
 
     A walk starts at a row of an output weight and steps towards the input: at row ``i`` it draws input feature ``j``
@@ -93,7 +101,7 @@ class RandomWalk:
 STARTS = ("uniform", "gradient", "labels")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdaptiveWalk(RandomWalk):
     """Walks that also follow the gradient that each row was last seen to have.
 
@@ -128,7 +136,7 @@ class AdaptiveWalk(RandomWalk):
         check_number("floor", self.floor, Real, 0, above=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LearnedWalk(RandomWalk):
     """Walks that learn from the rows they chose: a bandit with an optimistic start.
 
@@ -166,8 +174,8 @@ class LearnedWalk(RandomWalk):
         check_number("floor", self.floor, Real, 0, above=True)
 
 
-@dataclass(frozen=True)
-class TopK:
+@dataclass(frozen=True, repr=False)
+class TopK(_Worded):
     """The rows with the largest gradient of this very step, chosen in the backward pass:
 
         R = the K rows with the largest sum over the batch of |g[., r]|
@@ -185,8 +193,8 @@ class TopK:
         check_densities(self.density)
 
 
-@dataclass(frozen=True)
-class Uniform:
+@dataclass(frozen=True, repr=False)
+class Uniform(_Worded):
     """Rows drawn uniformly without replacement, K of O: the control of every other choice.
 
     Args:
@@ -201,8 +209,8 @@ class Uniform:
         check_densities(self.density)
 
 
-@dataclass(frozen=True)
-class Magnitude:
+@dataclass(frozen=True, repr=False)
+class Magnitude(_Worded):
     """Rows drawn without replacement by the size of their weights, K of O.
 
     Row ``r`` is in the set with probability

@@ -11,15 +11,15 @@ The rows of all observed uses lie one after the other, ``N`` of them.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwfx.labels import Junction, WeightUse
 from rwfx.policies import AdaptiveWalk, LearnedWalk, RandomWalk
-from rwfx.sampler import Buffers
+from rwfx.sampler import Buffers, KeepsTypes
 from rwfx.weight_graph import WeightGraph
 
 
-class Preference(nn.Module):
+class Preference(KeepsTypes):
     """The memory of a walk policy; ``update`` before a draw, then ``factors`` and ``of_starts``."""
 
     ids: Tensor

@@ -20,6 +20,7 @@ class Line:
     calls: int  # how many times a forward pass uses it
     input_grads: int  # at how many of these calls the backward pass also needs the input's gradient
     dense_because: str = ""  # empty: its backward is row-sparse
+    sources: tuple[str, ...] = ()  # for some of these, the weights whose rows are the only columns read of it
     costs: Costs | None = None  # predicted; None: nothing was
 
     @property
@@ -90,8 +91,9 @@ class Report:
         """The linear calls of one step on ``batch_size`` inputs (examples, or examples times tokens).
 
         Per call on a weight ``(O, I)`` with K rows kept: forward ``2 B O I``; backward ``2 B K I`` for the
-        weight and, where the input needs a gradient, ``2 B K I`` for it (``2 B O I`` with ``dx="full"``).
-        A masked backward computes what the dense one does. Before the first draw, every row counts.
+        weight and, where the input needs a gradient, ``2 B K C`` for it, with C the columns of it that are read: I, or
+        the rows kept of the weight that produces it (with ``dx="full"`` it is ``2 B O I``). A masked backward computes
+        what the dense one does. Before the first draw, every row counts.
         """
         forward = backward = dense = 0
         for line in self.lines:
@@ -100,8 +102,22 @@ class Report:
             on_rows = 2 * batch_size * kept * line.features
             forward += product * line.calls
             dense += product * (line.calls + line.input_grads)
-            backward += on_rows * line.calls + (product if self.dx == "full" else on_rows) * line.input_grads
+            backward += on_rows * line.calls
+            if self.dx == "full":
+                backward += product * line.input_grads
+                continue
+            sizes = {other.weight: other.rows for other in self.lines}
+            read = [self.kept_rows.get(source, sizes[source]) for source in line.sources]
+            backward += sum(2 * batch_size * kept * columns for columns in read)
+            backward += on_rows * (line.input_grads - len(read))
         return Flops(forward, backward, dense)
+
+    @property
+    def kept_share(self) -> float:
+        """The share of the dense backward's products that the last draw kept by rows: K of O of each."""
+        weighed = [(line, line.features * (line.calls + line.input_grads)) for line in self.lines]
+        kept = sum(self.kept_rows.get(line.weight, line.rows) * each for line, each in weighed)
+        return kept / sum(line.rows * each for line, each in weighed)
 
     def __str__(self) -> str:
         width = max(len(line.weight) for line in self.lines)

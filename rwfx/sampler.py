@@ -5,7 +5,7 @@ each. A *budget* is how many rows each set has, where a density says so: fixed n
 schedules.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
 
 import torch
@@ -16,7 +16,19 @@ from rwfx.schedules import Schedule, density_at
 from rwfx.weight_graph import WeightGraph
 
 
-class RowSampler(nn.Module):
+class KeepsTypes(nn.Module):
+    """A module whose buffers move with the model to another device, and keep their types when its weights change
+    theirs."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsTypes":
+        types = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, dtype in types.items():
+            self._buffers[name] = self.get_buffer(name).to(dtype)
+        return self
+
+
+class RowSampler(KeepsTypes):
     """Gives the row sets of a step; each policy has a sampler that says how in ``draw``.
 
     Called with the weights of ``crossed``, in order, it returns a row set for each weight of ``kept``, ``(K,)`` int64,
@@ -66,7 +78,8 @@ class RowSampler(nn.Module):
         """The row sets of this step, and the inverse probabilities."""
         if not torch.is_grad_enabled():
             return [self.last.new_empty(0)] * len(self.kept) + [self.last.new_empty(0).float()] * self._num_scales
-        drawn = self.draw(*weights)
+        with torch.no_grad():
+            drawn = self.draw(*weights)
         self.state.add_(self._tick)
         return drawn
 
@@ -153,7 +166,7 @@ def rows_kept(density: float | Schedule, size: int, least: int, step: int = 0) -
     return min(max(ceil(float(density_at(density, torch.tensor(step))) * size - ROUNDING), least), size)
 
 
-class Buffers(nn.Module):
+class Buffers(KeepsTypes):
     """A list of tensors that moves with its module and has no part in the ``state_dict``."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:

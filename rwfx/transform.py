@@ -16,7 +16,7 @@ from rwfx import native
 from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
 from rwfx.capture import capture, shared_copy, split_inputs
-from rwfx.choose import densities_of, lines_of, weigh
+from rwfx.choose import densities_of, lines_of, weigh, with_sources
 from rwfx.draws import sampler_of
 from rwfx.passes.normalize import normalize
 from rwfx.passes.read_columns import read_columns
@@ -119,7 +119,8 @@ def transform(
     sparse_gm, nodes, sampler = rewritten(kept)
     costs = _cost_model(break_even, device.type, mode)
     if costs is not None:
-        lines = weigh(sparse_gm, nodes, sampler, lines, graph, shapes, costs)
+        lines = with_sources(lines, sparse_gm, nodes)
+        lines = weigh(sparse_gm, sampler, lines, graph, shapes, costs, grad, dx)
         paying = [line.weight for line in lines if not line.dense_because]
         if paying != kept:
             sparse_gm, nodes, sampler = rewritten(paying)
@@ -136,7 +137,7 @@ def transform(
         captured.host,
         sparse_gm.graph,
         captured.eval,
-        lines=lines,
+        lines=with_sources(lines, sparse_gm, nodes),
         settings=settings,
         notes=(*graph.notes, *captured.notes, *sampler.notes),
     )

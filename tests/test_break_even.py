@@ -201,16 +201,49 @@ def test_where_nothing_but_products_costs_every_weight_that_saves_some_is_sparse
     assert all(line.costs.dense == line.costs.sparse for line in full.report.lines)
 
 
-def test_a_weight_is_weighed_with_the_rows_and_columns_that_it_will_have():
-    model = CostModel(batch_size=10, flop=1e-9)
-    sparse = rwfx.transform(mlp(64, 128, 96, 80), density=0.25, seed=0, break_even=model)
+@pytest.mark.parametrize("dx", ["rows", "full"])
+@pytest.mark.parametrize("grad", ["rows", "dense"])
+def test_a_weight_is_weighed_with_the_rows_and_columns_that_it_will_have(grad, dx):
+    model, how = CostModel(batch_size=10, flop=1e-9), (grad == "dense", dx == "full")
+    sparse = rwfx.transform(mlp(64, 128, 96, 80), density=0.25, seed=0, break_even=model, grad=grad, dx=dx)
     assert sparse.report.sparse == ("0.weight", "2.weight", "4.weight")
     kept = {"0.weight": 32, "2.weight": 24, "4.weight": 20}
-    first = Candidate("0.weight", 128, 64, 32, 1, 0, 10)
-    second = Candidate("2.weight", 96, 128, 24, 1, 1, 10, ("0.weight",))
-    third = Candidate("4.weight", 80, 96, 20, 1, 1, 10, ("2.weight",))
+    sources = [(), ("0.weight",), ("2.weight",)] if dx == "rows" else [()] * 3
+    first = Candidate("0.weight", 128, 64, 32, 1, 0, 10, sources[0], *how)
+    second = Candidate("2.weight", 96, 128, 24, 1, 1, 10, sources[1], *how)
+    third = Candidate("4.weight", 80, 96, 20, 1, 1, 10, sources[2], *how)
     for of, line in zip((first, second, third), sparse.report.lines, strict=True):
         assert line.costs == model.costs(of, kept)
+
+
+def test_gradients_filled_with_zeros_cost_a_dense_update_and_a_full_input_gradient_a_dense_product():
+    model, numbers = CostModel(flop=1e-12, update=3e-10, gather=0, pass_=1e-10, call=0), ("w", 100, 80, 10, 1, 1, 32)
+    by_row = model.costs(Candidate(*numbers), {}).sparse
+    filled = model.costs(Candidate(*numbers, dense_grad=True), {}).sparse
+    full = model.costs(Candidate(*numbers, full_dx=True), {}).sparse
+    assert filled - by_row == pytest.approx(90 * 80 * 3e-10 + 100 * 80 * 1e-10)
+    assert full - by_row == pytest.approx(2 * 32 * 90 * 80 * 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error"),
+    [
+        ({"flop": -1}, ValueError),
+        ({"flop": 0}, ValueError),
+        ({"flop": float("nan")}, ValueError),
+        ({"update": float("inf")}, ValueError),
+        ({"batch_size": 0}, ValueError),
+        ({"batch_size": 2.5}, TypeError),
+        ({"call": "x"}, TypeError),
+    ],
+    ids=str,
+)
+def test_a_cost_model_of_impossible_numbers_is_refused(numbers, error):
+    with pytest.raises(error, match=next(iter(numbers))):
+        CostModel(**numbers)
+    if "batch_size" in numbers:
+        with pytest.raises(error, match="batch_size"):
+            CostModel.measured(**numbers)
 
 
 def test_to_weigh_draws_nothing_from_the_stream_of_the_walks():

@@ -17,10 +17,11 @@ from rwfx import native
 from rwfx.ops import row_linear
 from rwfx.ops.linear import ACTIVATIONS, _RowLinear
 from rwfx.passes.normalize import normalize
-from rwfx.passes.read_columns import ACTIVATION_MODULES, read_columns
+from rwfx.passes.read_columns import ACTIVATION_MODULES, ROW_LINEAR, read_columns
 from rwfx.passes.sample_rows import sample_rows
 from rwfx.passes.sparse_backward import sparse_backward
-from rwfx.walk import RowSampler, WalkOptions
+from rwfx.policies import RandomWalk
+from rwfx.walk import WalkSampler
 from rwfx.weight_graph import graph_of
 
 # --- The operator ----------------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def rewritten(model, dx="rows"):
     found, gm = captured(model)
     gm = normalize(gm)
     graph = graph_of(gm, found)
-    sampled, rows = sample_rows(gm, RowSampler(graph, list(graph.names), WalkOptions(3), seed=0))
+    sampled, rows = sample_rows(gm, WalkSampler(graph, list(graph.names), 0, RandomWalk(3)))
     return sparse_backward(sampled, rows, dx=dx)
 
 
@@ -374,6 +375,85 @@ def test_outputs_stay_bit_for_bit_and_gradients_of_parameters_as_they_were(make_
     assert all(grad.count_nonzero() for grad in grads.values())
     for name, grad in grads.items():
         assert_close(grads_after[name], grad, rtol=0, atol=1e-12)
+
+
+def told(gm, weight, by_name, **options):
+    """The graph module with the call on ``weight`` given these arguments as well, by name or in their places.
+
+    A tensor becomes a buffer; ``scale`` is made of the call's rows.
+    """
+    gm = copy.deepcopy(gm)
+    (call,) = [node for node in gm.graph.nodes if node.target is ROW_LINEAR and node.args[1].target == weight]
+    with gm.graph.inserting_before(call):
+        for name, value in options.items():
+            if name == "scale":
+                options[name] = gm.graph.call_function(torch.add, (call.args[3], 0.5))
+            elif isinstance(value, torch.Tensor):
+                gm.register_buffer(f"{name}_of_{call.name}", value.clone())
+                options[name] = gm.graph.get_attr(f"{name}_of_{call.name}")
+    if by_name:
+        call.kwargs = options
+    else:
+        rest = ROW_LINEAR._schema.arguments[len(call.args) :]
+        call.args += tuple(options.get(argument.name, argument.default_value) for argument in rest)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+class Three(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.third(torch.tanh(self.second(F.dropout(torch.relu(self.first(x)), 0.0))))
+
+
+READS = {  # what a call is told, and whether it reads its rows alone
+    "nothing": ({}, True),
+    "scale": ({"scale": True}, True),
+    "seen, its rows": ({"seen": torch.full((6,), -1.0), "seen_all": False}, True),
+    "scale and seen, its rows": ({"scale": True, "seen": torch.full((6,), -1.0), "seen_all": False}, True),
+    "seen": ({"seen": torch.zeros(6)}, False),
+    "seen, all rows": ({"seen": torch.zeros(6), "seen_all": True}, False),
+    "scale and seen": ({"scale": True, "seen": torch.zeros(6)}, False),
+    "chosen": ({"chosen": torch.zeros(7, dtype=torch.int64)}, False),
+    "chosen and seen, its rows": (
+        {"chosen": torch.zeros(7, dtype=torch.int64), "seen": torch.full((6,), -1.0), "seen_all": False},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["by-name", "in-place"])
+@pytest.mark.parametrize("second", READS.values(), ids=READS)
+@pytest.mark.parametrize("first", READS.values(), ids=READS)
+def test_a_call_is_confined_where_the_one_before_it_reads_its_rows_alone(first, second, by_name):
+    """And all gradients, and all that is seen and chosen, are those of calls that are not confined."""
+    before = told(told(rewritten(Three()), "first.weight", by_name, **first[0]), "second.weight", by_name, **second[0])
+    after = read_columns(before)
+    names = [argument.name for argument in ROW_LINEAR._schema.arguments]
+    nodes = [node for node in after.graph.nodes if node.target is ROW_LINEAR]
+    found = {n.args[1].target: dict(zip(names, n.args, strict=False)) | n.kwargs for n in nodes}
+    for weight, producer, confined in (("second", "first", first[1]), ("third", "second", second[1])):
+        columns = found[f"{weight}.weight"].get("columns")
+        assert str(columns) == (f"rows_{producer}_weight" if confined else "None")
+    assert not found["second.weight"].get("direct")  # a dropout lies in between
+    assert bool(found["third.weight"].get("direct")) == second[1]
+
+    def step(gm):
+        torch.manual_seed(3)
+        gm = copy.deepcopy(gm)
+        gm(x).sin().sum().backward()
+        return {name: p.grad for name, p in gm.named_parameters()} | dict(gm.named_buffers())
+
+    x = torch.randn(9, 4, dtype=torch.float64)
+    ours, theirs = step(after), step(before)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert tensor.count_nonzero(), name
+        assert_close(ours[name], tensor, rtol=1e-6 if tensor.dtype == torch.float32 else 0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ZOO, ids=lambda kind: kind.__name__)

@@ -17,7 +17,8 @@ from rwfx import native
 from rwfx.ops import row_linear
 from rwfx.ops import walk as walk_in_python
 from rwfx.ops.linear import ACTIVATIONS, _RowLinear
-from rwfx.walk import RowSampler, WalkOptions
+from rwfx.policies import RandomWalk
+from rwfx.walk import WalkSampler
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,12 +73,19 @@ WALKS = [
 ]
 
 
+def walk_sampler(graph, resample_every=1, **options):
+    walk, densities = RandomWalk(**options), None
+    if walk.density is not None:
+        densities = dict.fromkeys(graph.names, walk.density)
+    return WalkSampler(graph, list(graph.names), 7, walk, densities, resample_every)
+
+
 def draw_twice(sampler, weights, step):
     """The row sets of one step, by the kernel and by the Python implementation."""
-    options = sampler.options
+    options = sampler.policy
     graph = sampler._kept, sampler._tables.tensors(), sampler._heads, sampler._starts.tensors(), sampler._layout
     numbers = options.num_paths, options.temperature, options.epsilon, options.min_rows
-    arguments = *graph, torch.tensor([7, step]), sampler.last, *numbers, sampler._exactly, options.resample_every
+    arguments = *graph, torch.tensor([7, step]), sampler.last, *numbers, sampler.exactly, sampler.resample_every
     return torch.ops.rwfx.walk.default(weights, *arguments), walk_in_python(weights, *arguments)
 
 
@@ -91,7 +99,7 @@ def test_walk_draws_the_rows_of_the_python_implementation(kernels, kind, options
             p.data[0] = 0
             p.data[-1, 0] = float("nan")
             p.data[:, 1] = 0
-    sampler = RowSampler(graph, list(graph.names), WalkOptions(**{"num_paths": 9, **options}), seed=7)
+    sampler = walk_sampler(graph, **{"num_paths": 9, **options})
     weights = [model.get_parameter(name) for name in sampler.crossed]
     drawn = []
     for step in range(7):
@@ -101,7 +109,7 @@ def test_walk_draws_the_rows_of_the_python_implementation(kernels, kind, options
         sampler.last.copy_(ours[-1])
         drawn.append(ours[-1])
     for step, (before, after) in enumerate(pairwise(drawn), 1):
-        assert step % sampler.options.resample_every == 0 or torch.equal(before, after)
+        assert step % sampler.resample_every == 0 or torch.equal(before, after)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -109,7 +117,7 @@ def test_walk_draws_the_rows_of_the_python_implementation(kernels, kind, options
 def test_walk_crosses_weights_of_other_dtypes_as_the_python_implementation(kernels, dtype, temperature):
     model = make(Residual)
     graph = rwfx.weight_graph(model)
-    sampler = RowSampler(graph, list(graph.names), WalkOptions(20, temperature=temperature), seed=7)
+    sampler = walk_sampler(graph, num_paths=20, temperature=temperature)
     weights = [(50 * model.get_parameter(name)).to(dtype) for name in sampler.crossed]
     for step in range(20):
         ours, theirs = draw_twice(sampler, weights, step)

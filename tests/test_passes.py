@@ -12,7 +12,8 @@ from rwfx.passes.normalize import normalize
 from rwfx.passes.sample_rows import sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.verify import verify
-from rwfx.walk import RowSampler, WalkOptions
+from rwfx.policies import RandomWalk
+from rwfx.walk import WalkSampler
 from rwfx.weight_graph import graph_of
 
 
@@ -55,7 +56,7 @@ def test_normalize_before_and_after():
 def test_sample_rows_and_sparse_backward_before_and_after(rules):
     found, gm = captured(two_layers())
     gm = normalize(gm)
-    sampler = RowSampler(graph_of(gm, found), ["2.weight"], WalkOptions(2), seed=0)
+    sampler = WalkSampler(graph_of(gm, found), ["2.weight"], 0, RandomWalk(2))
     sampled, rows = sample_rows(gm, sampler)
     assert rows == {"2.weight": "rows_2_weight"}
     drawn = [
@@ -86,7 +87,7 @@ def test_passes_leave_their_input_and_share_its_parameters(kind):
     def all_passes():
         nonlocal sampler
         yield gm, (normalized := normalize(gm))
-        sampler = RowSampler(graph_of(normalized, found), [found_weight(normalized, found)], WalkOptions(2), 0)
+        sampler = WalkSampler(graph_of(normalized, found), [found_weight(normalized, found)], 0, RandomWalk(2))
         sampled, rows = sample_rows(normalized, sampler)
         yield normalized, sampled
         yield sampled, sparse_backward(sampled, rows)
@@ -138,7 +139,7 @@ def test_a_product_with_rows_as_columns_is_left_alone():
 def test_verify_notices_a_row_set_that_no_call_uses():
     found, gm = captured(two_layers())
     gm = normalize(gm)
-    sampled, rows = sample_rows(gm, RowSampler(graph_of(gm, found), ["2.weight"], WalkOptions(2), seed=0))
+    sampled, rows = sample_rows(gm, WalkSampler(graph_of(gm, found), ["2.weight"], 0, RandomWalk(2)))
     with pytest.raises(AssertionError, match="rows_2_weight"):
         verify(sampled, found.host, rows)
     foreign = copy.deepcopy(found.host)

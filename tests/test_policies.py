@@ -97,16 +97,20 @@ def test_with_dx_full_the_weights_gradient_alone_is_scaled(mode):
         assert_close(ours[name][rows], oracle[name][rows] * scales[name][:, None], rtol=1e-6, atol=1e-9)
 
 
-@every_policy
-@pytest.mark.parametrize("grad", ["dense", "rows"])
-def test_every_policy_is_one_graph_that_is_compiled_once(policy, grad):
-    model = make(Residual)
+INDUCTOR = ["adaptive-density", "learned", "top-k", "top-k-scheduled", "uniform-scheduled", "magnitude-unbiased"]
+COMPILED = [(name, "aot_eager", "rows") for name in POLICIES]
+COMPILED += [(name, "inductor", grad) for name in INDUCTOR for grad in ("dense", "rows")]
+
+
+@pytest.mark.parametrize(("name", "backend", "grad"), COMPILED, ids=map("-".join, COMPILED))
+def test_every_policy_is_one_graph_that_is_compiled_once(name, backend, grad):
+    model, policy = make(Residual), POLICIES[name]
     sparse = transformed(model, policy, grad=grad)
     eager = copy.deepcopy(sparse)
     counters.clear()
     args, _ = model.inputs()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = torch.compile(sparse, fullgraph=True)
+        compiled = torch.compile(sparse, backend=backend, fullgraph=True)
         for _ in range(5):
             for module in (compiled, eager):
                 module.zero_grad()
@@ -142,6 +146,17 @@ def test_a_resumed_run_draws_the_rows_that_the_run_would_have_drawn(policy):
     expected = steps(sparse, 4)
     for other in (again, copied, pickled):
         assert_close(steps(other, 4), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_policy
+def test_a_model_of_another_type_trains(policy, dtype):
+    sparse = transformed(make(Residual), policy, grad="rows").to(dtype)
+    for _ in range(3):
+        sparse(torch.randn(5, 12, dtype=dtype)).sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sparse.float()(torch.randn(5, 12)).float().sum().backward()
+    assert all(1 <= len(rows) < len(sparse.get_parameter(name)) for name, rows in sparse.rows.items())
 
 
 def test_the_state_of_another_policy_is_refused():
@@ -446,6 +461,12 @@ BAD = [
     (lambda: schedules.Cosine(0.5, 0.1, over=0), ValueError, "over"),
     (lambda: schedules.DenseEvery(1, 0.1), ValueError, "steps"),
     (lambda: RandomWalk(0), ValueError, "num_paths"),
+    (lambda: RandomWalk(3, temperature=0), ValueError, "temperature must be a number above 0, got 0"),
+    (lambda: RandomWalk(3, temperature=float("nan")), ValueError, "temperature"),
+    (lambda: RandomWalk(3, temperature=float("inf")), ValueError, "temperature"),
+    (lambda: RandomWalk(3, epsilon=1.5), ValueError, "epsilon must be a number from 0 to 1, got 1.5"),
+    (lambda: RandomWalk(3, epsilon=None), TypeError, "epsilon"),
+    (lambda: RandomWalk(3, min_rows=-1), ValueError, "min_rows"),
     (lambda: RandomWalk(density=0.1, unbiased=True), ValueError, "unbiased"),
     (lambda: RandomWalk(start="label"), ValueError, "start must be one of"),
     (lambda: AdaptiveWalk(memory=1), ValueError, "memory must be below 1"),

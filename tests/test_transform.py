@@ -245,9 +245,10 @@ def test_report_counts_the_products_that_were_computed():
     assert {name: len(rows) for name, rows in sparse.rows.items()} == {"0.weight": 1, "2.weight": 1}
     flops = sparse.report.flops(batch_size=3)
     assert flops.forward == 2 * 3 * (6 * 5 + 5 * 4)
-    assert flops.backward == 2 * 3 * (6 * 1 + 2 * 5 * 1)  # the first layer's input needs no gradient
+    # The first layer's input needs no gradient, and of that of the second one column is read.
+    assert flops.backward == 2 * 3 * (6 * 1 + 5 * 1 + 1 * 1)
     assert flops.dense_backward == 2 * 3 * (6 * 5 + 2 * 5 * 4)
-    assert "20.0%" in str(sparse.report)
+    assert sparse.report.kept_share == pytest.approx((6 * 1 + 2 * 5 * 1) / (6 * 5 + 2 * 5 * 4))
 
 
 def test_a_linear_module_with_hooks_stays_dense_and_is_reported():

@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rwfx.arguments import check_number
 from rwfx.experiments import accuracy
 from rwfx.experiments.data import DATA_SETS
 from rwfx.experiments.policies import plan as policies_plan
@@ -33,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_speed(commands)
     _add_policies(commands)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
+        if options.threads is not None:
+            check_number("threads", options.threads, Integral, 1)
+            torch.set_num_threads(options.threads)
         options.run(options)
     except (ValueError, ImportError, OSError) as error:
         print(f"{parser.prog} {options.command}: {error}", file=sys.stderr)
@@ -168,6 +171,7 @@ def _add_speed(commands: argparse._SubParsersAction) -> None:
     known = ",".join(PARTS)
     command.add_argument("--only", type=parts, default=tuple(PARTS), metavar="PARTS", help=f"of {known} (default: all)")
     command.add_argument("--rounds", type=int, default=20, help="turns of each contender (default: 20)")
+    command.add_argument("--repeats", type=int, default=Plan.repeats, help="of transforming and compiling (default: 5)")
     command.add_argument("--eager", action="store_true", help="leave torch.compile out")
     command.add_argument("--masked", action="store_true", help='measure mode="masked" too')
     command.add_argument("--dtype", choices=DTYPES, help="of model and data (default: float32; on cuda bfloat16)")
@@ -183,6 +187,7 @@ def _run_speed(options: argparse.Namespace) -> None:
         parts=options.only,
         sizes=tuple(options.sizes or SIZES[kind]),
         rounds=options.rounds,
+        repeats=options.repeats,
         compiled=not options.eager,
         masked=options.masked,
         device=options.device,

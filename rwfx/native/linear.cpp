@@ -164,7 +164,8 @@ Tensor pack(const Tensor& values, const Tensor& rows, int64_t num_rows) {
 }
 
 // The magnitudes of the columns of x (..., O), all or those given: (K,) float32. They are added up in an order that is
-// the same for every column, so that equal columns have equal magnitudes.
+// the same for every column, so that equal columns have equal magnitudes; and in blocks of the batch, as a long sum of
+// small numbers loses them.
 Tensor magnitudes(const Tensor& x, const optional<Tensor>& columns) {
   constexpr int64_t TILE = 256, BLOCK = 512, LANES = 32;
   const Tensor x_BO = x.reshape({-1, x.size(-1)});
@@ -180,20 +181,23 @@ Tensor magnitudes(const Tensor& x, const optional<Tensor>& columns) {
     const auto stored_by_columns = [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const scalar_t* numbers = from + column(k);
-        std::array<float, LANES> lanes{};
-        int64_t b = 0;
-        for (; b + LANES <= batch; b += LANES) {
-          for (int64_t l = 0; l < LANES; ++l) {
-            lanes[l] += size(numbers[b + l]);
+        to[k] = 0.0f;
+        for (int64_t b = 0; b < batch;) {
+          const int64_t stop = std::min(batch, b + BLOCK * LANES);
+          std::array<float, LANES> sums{};
+          for (; b + LANES <= stop; b += LANES) {
+            for (int64_t l = 0; l < LANES; ++l) {
+              sums[l] += size(numbers[b + l]);
+            }
           }
+          for (int64_t l = 0; b < stop; ++b, ++l) {
+            sums[l] += size(numbers[b]);
+          }
+          to[k] += std::accumulate(sums.begin(), sums.end(), 0.0f);
         }
-        for (int64_t l = 0; b < batch; ++b, ++l) {
-          lanes[l] += size(numbers[b]);
-        }
-        to[k] = std::accumulate(lanes.begin(), lanes.end(), 0.0f);
       }
     };
-    // In tiles that stay in the cache, and in blocks of the batch: a long sum of small numbers loses them.
+    // In tiles whose sums stay in the cache.
     const auto stored_by_rows = [&](int64_t begin, int64_t end) {
       std::fill(to + begin, to + end, 0.0f);
       for (int64_t first = begin; first < end; first += TILE) {

@@ -74,25 +74,49 @@ struct RowGradient {
   }
 };
 
-// How many updates a row has had: each its own number, or one number for the whole parameter.
+// An update of a row: its number t, and the steps since the row's last one, 1 where none was missed.
+struct Update {
+  double t, age;
+
+  bool first() const {
+    return t == age;
+  }
+
+  // What of a moment is left that a step multiplies by `factor`.
+  double left(double factor) const {
+    return age == 1 ? factor : std::pow(factor, age);
+  }
+};
+
+// How many updates a row has had: each its own number, or one number for the whole parameter. Where rows owe for the
+// steps they have missed, the number is that of the parameter's step (`now`, else 0) at the row's last update.
 class Steps {
  public:
   Steps() = default;
-  explicit Steps(const Tensor& steps) : of_row_(steps.mutable_data_ptr<float>()) {
+  Steps(const Tensor& steps, int64_t now) : of_row_(steps.mutable_data_ptr<float>()), now_(static_cast<double>(now)) {
     if (steps.dim() == 0) {
       of_all_ = *of_row_ += 1;
       of_row_ = nullptr;
     }
   }
 
-  // The number of this update, which counts it.
-  double next(int64_t row) const {
-    return of_row_ ? of_row_[row] += 1 : of_all_;
+  // The update that is made now, which counts it.
+  Update next(int64_t row) const {
+    if (of_row_ == nullptr) {
+      return {of_all_, 1};
+    }
+    if (now_ == 0) {
+      return {of_row_[row] += 1, 1};
+    }
+    const double age = now_ - of_row_[row];
+    of_row_[row] = static_cast<float>(now_);
+    return {now_, age};
   }
 
  private:
   float* of_row_ = nullptr;
   float of_all_ = 0;
+  double now_ = 0;
 };
 
 struct Adam {
@@ -102,18 +126,18 @@ struct Adam {
 
   // `largest` is null without amsgrad.
   template <typename scalar_t>
-  void row(double t, scalar_t* w, scalar_t* m, scalar_t* v, scalar_t* largest, const scalar_t* g, int64_t n) const {
+  void row(Update of, scalar_t* w, scalar_t* m, scalar_t* v, scalar_t* largest, const scalar_t* g, int64_t n) const {
     using real = real_t<scalar_t>;
     // expm1: for a beta close to one the difference 1 - beta**t loses four digits.
-    const double correction1 = beta1 == 0 ? 1 : -std::expm1(t * std::log(beta1));
-    const double correction2 = std::sqrt(beta2 == 0 ? 1 : -std::expm1(t * std::log(beta2)));
+    const double correction1 = beta1 == 0 ? 1 : -std::expm1(of.t * std::log(beta1));
+    const double correction2 = std::sqrt(beta2 == 0 ? 1 : -std::expm1(of.t * std::log(beta2)));
     const auto lr_hat = static_cast<real>(lr * correction2 / correction1);
     const auto eps_hat = static_cast<real>(eps * correction2);
     const auto sign = static_cast<real>((maximize ? -1 : 1) / grad_scale);
-    const auto keep1 = static_cast<real>(beta1), take1 = static_cast<real>(1 - beta1);
-    const auto keep2 = static_cast<real>(beta2), take2 = static_cast<real>(1 - beta2);
+    const auto keep1 = static_cast<real>(of.left(beta1)), take1 = static_cast<real>(1 - beta1);
+    const auto keep2 = static_cast<real>(of.left(beta2)), take2 = static_cast<real>(1 - beta2);
     const auto coupled = static_cast<real>(decoupled_weight_decay ? 0 : weight_decay);
-    const auto keep_w = static_cast<real>(decoupled_weight_decay ? 1 - lr * weight_decay : 1);
+    const auto keep_w = static_cast<real>(decoupled_weight_decay ? of.left(1 - lr * weight_decay) : 1);
     // Two loops, so that neither has a branch and both become vector instructions.
     if (largest == nullptr) {
 #pragma omp simd
@@ -156,6 +180,7 @@ void adam_rows_(
     TensorList exp_avg_sqs,
     TensorList max_exp_avg_sqs,
     TensorList steps,
+    at::IntArrayRef now,
     TensorList grads,
     double lr,
     double beta1,
@@ -171,7 +196,7 @@ void adam_rows_(
   const Adam adam{lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, grad_scale};
   for (size_t p = 0; p < ws.size(); ++p) {
     const RowGradient grad(grads[p]);
-    const Steps count(steps[p]);
+    const Steps count(steps[p], now[p]);
     RWFX_DISPATCH(ws[p].scalar_type(), "rwfx::adam_rows_", [&] {
       auto* w = ws[p].mutable_data_ptr<scalar_t>();
       auto* m = exp_avgs[p].mutable_data_ptr<scalar_t>();
@@ -197,7 +222,7 @@ struct SGD {
 
   // `b` is null without momentum.
   template <typename scalar_t>
-  void row(double t, scalar_t* w, scalar_t* b, const scalar_t* g, int64_t n) const {
+  void row(Update of, scalar_t* w, scalar_t* b, const scalar_t* g, int64_t n) const {
     using real = real_t<scalar_t>;
     const auto sign = static_cast<real>((maximize ? -1 : 1) / grad_scale);
     const auto decay = static_cast<real>(weight_decay), rate = static_cast<real>(lr);
@@ -210,12 +235,13 @@ struct SGD {
       return;
     }
     // b is zero the first time, so that g undampened is all of b.
-    const auto take = static_cast<real>(t > 1 ? 1 - dampening : 1), mu = static_cast<real>(momentum);
+    const auto take = static_cast<real>(of.first() ? 1 : 1 - dampening), mu = static_cast<real>(momentum);
+    const auto keep = static_cast<real>(of.left(momentum));
     const real of_g = nesterov ? 1 : 0, of_b = nesterov ? mu : 1;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + decay * w_i;
-      const real b_i = mu * static_cast<real>(b[i]) + take * g_i;
+      const real b_i = keep * static_cast<real>(b[i]) + take * g_i;
       b[i] = b_i;
       w[i] = w_i - rate * (of_g * g_i + of_b * b_i);
     }
@@ -226,6 +252,7 @@ void sgd_rows_(
     TensorList ws,
     TensorList momentum_buffers,
     TensorList steps,
+    at::IntArrayRef now,
     TensorList grads,
     double lr,
     double momentum,
@@ -241,7 +268,7 @@ void sgd_rows_(
   }
   for (size_t p = 0; p < ws.size(); ++p) {
     const RowGradient grad(grads[p]);
-    const Steps count = plain ? Steps() : Steps(steps[p]);
+    const Steps count = plain ? Steps() : Steps(steps[p], now[p]);
     RWFX_DISPATCH(ws[p].scalar_type(), "rwfx::sgd_rows_", [&] {
       auto* w = ws[p].mutable_data_ptr<scalar_t>();
       auto* b = plain ? nullptr : momentum_buffers[p].mutable_data_ptr<scalar_t>();
@@ -263,10 +290,10 @@ void sgd_rows_(
 TORCH_LIBRARY_FRAGMENT(rwfx, m) {
   m.def(
       "adam_rows_(Tensor(a!)[] w, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] max_exp_avg_sq, "
-      "Tensor(e!)[] step, Tensor[] grad, float lr, float beta1, float beta2, float eps, "
+      "Tensor(e!)[] step, int[] now, Tensor[] grad, float lr, float beta1, float beta2, float eps, "
       "float weight_decay, bool decoupled_weight_decay, bool maximize, float grad_scale) -> ()");
   m.def(
-      "sgd_rows_(Tensor(a!)[] w, Tensor(b!)[] momentum_buffer, Tensor(c!)[] step, Tensor[] grad, "
+      "sgd_rows_(Tensor(a!)[] w, Tensor(b!)[] momentum_buffer, Tensor(c!)[] step, int[] now, Tensor[] grad, "
       "float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
       "float grad_scale) -> ()");
 }

@@ -64,15 +64,15 @@ std::vector<Station> unpack(at::IntArrayRef layout) {
   return stations;
 }
 
-// |w| ** (1 / temperature) of one row, where `weighted` times its factors, and the sums over blocks.
+// |w| ** (1 / temperature) of one row's features, where `weighted` times their factors.
 template <typename scalar_t, bool weighted>
 class Row {
  public:
   // A product of two small float numbers would be zero.
   using real = std::conditional_t<weighted || std::is_same_v<scalar_t, double>, double, float>;
 
-  Row(const scalar_t* w, const double* factors, int64_t features, double temperature, std::vector<double>& block_sums)
-      : w_(w), factors_(factors), features_(features), power_(1 / temperature), block_sums_(block_sums) {
+  Row(const scalar_t* w, const double* factors, int64_t features, double temperature)
+      : w_(w), factors_(factors), features_(features), power_(1 / temperature) {
     if (temperature != 1) {
       real largest = 0;
       for (int64_t i = 0; i < features; ++i) {
@@ -80,75 +80,49 @@ class Row {
       }
       largest_ = largest;
     }
-    const int64_t blocks = (features + BLOCK - 1) / BLOCK;
-    block_sums_.resize(blocks);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t end = std::min(features, (b + 1) * BLOCK);
-      real sum = 0;
-      if (power_ == 1) {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = b * BLOCK; i < end; ++i) {
-          sum += times_factor(std::abs(static_cast<real>(w[i])), i);
-        }
-      } else {
-        for (int64_t i = b * BLOCK; i < end; ++i) {
-          sum += size(i);
-        }
-      }
-      block_sums_[b] = sum;
-      total_ += sum;
-    }
   }
 
-  // Whether the row can be drawn from: neither all zero nor with an infinity or a nan.
-  bool drawable() const {
-    return total_ > std::numeric_limits<real>::min() && total_ <= std::numeric_limits<real>::max();
+  real size(int64_t i) const {
+    // Divided by the row's largest first: the power of a large weight would overflow.
+    return power_ == 1 ? plain_size(i) : times_factor(std::pow(own(i) / largest_, static_cast<real>(power_)), i);
   }
 
-  // The first feature up to which more than the share u of the total lies: one of weight zero is never that.
-  int64_t draw(double u) const {
-    const double target = u * total_;
-    double below = 0;
-    int64_t b = 0;
-    const int64_t last = static_cast<int64_t>(block_sums_.size()) - 1;
-    for (; b < last && below + block_sums_[b] <= target; ++b) {
-      below += block_sums_[b];
-    }
-    const int64_t end = std::min(features_, (b + 1) * BLOCK);
-    int64_t found = -1;
-    for (int64_t i = b * BLOCK; i < end; ++i) {
-      const real own = size(i);
-      if (own > 0) {
-        found = i;
-      }
-      below += own;
-      if (own > 0 && below > target) {
-        return i;
-      }
-    }
-    // Rounding can leave the target at the very end of the block, or of the row: the last feature that has a share.
-    while (found < 0) {
-      const int64_t i = --b * BLOCK;
-      for (int64_t k = i; k < i + BLOCK; ++k) {
-        if (size(k) > 0) {
-          found = k;
-        }
-      }
-    }
-    return found;
+  // The same where the temperature is 1.
+  real plain_size(int64_t i) const {
+    return times_factor(own(i), i);
+  }
+
+  bool plain() const {
+    return power_ == 1;
+  }
+
+  int64_t features() const {
+    return features_;
+  }
+
+  // Whether a row of that sum can be drawn from: it is neither all zero nor has it an infinity or a nan.
+  static bool drawable(double total) {
+    return total > std::numeric_limits<real>::min() && total <= std::numeric_limits<real>::max();
   }
 
   // The probability of each feature, where with probability epsilon it is drawn uniformly.
   void chances(double epsilon, double* out) const {
-    if (!drawable()) {
+    double total = 0;
+    if (plain()) {
+#pragma omp simd reduction(+ : total)
+      for (int64_t i = 0; i < features_; ++i) {
+        out[i] = plain_size(i);
+        total += out[i];
+      }
+    } else {
+      for (int64_t i = 0; i < features_; ++i) {
+        out[i] = size(i);
+        total += out[i];
+      }
+    }
+    if (!drawable(total)) {
       std::fill(out, out + features_, 1.0 / features_);
       return;
-    }
-    double total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < features_; ++i) {
-      out[i] = size(i);
-      total += out[i];
     }
     const double by_weight = (1 - epsilon) / total, uniformly = epsilon / features_;
     for (int64_t i = 0; i < features_; ++i) {
@@ -157,10 +131,8 @@ class Row {
   }
 
  private:
-  real size(int64_t i) const {
-    const real own = std::abs(static_cast<real>(w_[i]));
-    // Divided by the row's largest first: the power of a large weight would overflow.
-    return times_factor(power_ == 1 ? own : std::pow(own / largest_, static_cast<real>(power_)), i);
+  real own(int64_t i) const {
+    return std::abs(static_cast<real>(w_[i]));
   }
 
   real times_factor(real own, int64_t i) const {
@@ -174,8 +146,77 @@ class Row {
   const scalar_t* w_;
   const double* factors_;
   int64_t features_;
-  double power_, largest_ = 1, total_ = 0;
+  double power_, largest_ = 1;
+};
+
+// The sums of a row's sizes over blocks, to draw from.
+template <typename Row>
+class Sums {
+ public:
+  using real = typename Row::real;
+
+  Sums(const Row& row, std::vector<double>& block_sums) : row_(row), block_sums_(block_sums) {
+    const int64_t features = row.features(), blocks = (features + BLOCK - 1) / BLOCK;
+    block_sums_.resize(blocks);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t end = std::min(features, (b + 1) * BLOCK);
+      real sum = 0;
+      if (row.plain()) {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = b * BLOCK; i < end; ++i) {
+          sum += row.plain_size(i);
+        }
+      } else {
+        for (int64_t i = b * BLOCK; i < end; ++i) {
+          sum += row.size(i);
+        }
+      }
+      block_sums_[b] = sum;
+      total_ += sum;
+    }
+  }
+
+  bool drawable() const {
+    return Row::drawable(total_);
+  }
+
+  // The first feature up to which more than the share u of the total lies: one of weight zero is never that.
+  int64_t draw(double u) const {
+    const double target = u * total_;
+    double below = 0;
+    int64_t b = 0;
+    const int64_t last = static_cast<int64_t>(block_sums_.size()) - 1;
+    for (; b < last && below + block_sums_[b] <= target; ++b) {
+      below += block_sums_[b];
+    }
+    const int64_t end = std::min(row_.features(), (b + 1) * BLOCK);
+    int64_t found = -1;
+    for (int64_t i = b * BLOCK; i < end; ++i) {
+      const real own = row_.size(i);
+      if (own > 0) {
+        found = i;
+      }
+      below += own;
+      if (own > 0 && below > target) {
+        return i;
+      }
+    }
+    // Rounding can leave the target at the very end of the block, or of the row: the last feature that has a share.
+    while (found < 0) {
+      const int64_t i = --b * BLOCK;
+      for (int64_t k = i; k < i + BLOCK; ++k) {
+        if (row_.size(k) > 0) {
+          found = k;
+        }
+      }
+    }
+    return found;
+  }
+
+ private:
+  const Row& row_;
   std::vector<double>& block_sums_;
+  double total_ = 0;
 };
 
 // A weight of a dtype that rows are read in; integers and complex numbers count by their absolute value.
@@ -203,13 +244,14 @@ void draw_features(
     std::vector<double> block_sums;
     for (int64_t k = begin; k < end;) {
       const int64_t id = walkers[k].id;
-      const Row<scalar_t, weighted> row(w + (id - base) * width, factors, width, temperature, block_sums);
-      const bool drawable = row.drawable();
+      const Row<scalar_t, weighted> row(w + (id - base) * width, factors, width, temperature);
+      const Sums sums(row, block_sums);
+      const bool drawable = sums.drawable();
       for (; k < end && walkers[k].id == id; ++k) {
         const uint64_t walk = walkers[k].walk;
         const double u = uniform(2 * station, walk);
         const bool by_weight = drawable && (epsilon == 0 || uniform(2 * station + 1, walk) >= epsilon);
-        features[k] = by_weight ? row.draw(u) : static_cast<int64_t>(u * width);
+        features[k] = by_weight ? sums.draw(u) : static_cast<int64_t>(u * width);
       }
     }
   });
@@ -264,8 +306,8 @@ class Chances {
       for (; k < walkers.size() && walkers[k].id == id; ++k) {
         ++walks;
       }
-      const Row<scalar_t, weighted> row(w + (id - from.base) * width, factors, width, temperature, block_sums_);
-      row.chances(epsilon, feature_.data());
+      Row<scalar_t, weighted>(w + (id - from.base) * width, factors, width, temperature)
+          .chances(epsilon, feature_.data());
       if (!in_order) {
         step_.assign(high - low, 0);
         for (int64_t j = 0; j < width; ++j) {
@@ -318,7 +360,7 @@ class Chances {
   }
 
   const std::vector<Station>& stations_;
-  std::vector<double> visited_, nobody_, step_, feature_, block_sums_;
+  std::vector<double> visited_, nobody_, step_, feature_;
 };
 
 // What the starts of a head are drawn by: uniformly, unless there are weights that they can be drawn by.
@@ -418,6 +460,11 @@ class Visits {
   std::vector<int64_t> rows(int64_t kept, int64_t exactly, int64_t min_rows, uint64_t stream, const Uniform& uniform) {
     std::vector<int64_t>& first = first_[kept];
     const int64_t size = static_cast<int64_t>(first.size());
+    if (exactly == size) {
+      std::vector<int64_t> all(size);
+      std::iota(all.begin(), all.end(), 0);
+      return all;
+    }
     const auto seen_if = [&](bool wanted) {
       std::vector<int64_t> found;
       for (int64_t row = 0; row < size; ++row) {
@@ -621,7 +668,10 @@ std::vector<Tensor> walk(
   };
 
   // With fewer walks than output weights, the turn of the first walk moves on from step to step.
-  Chances chances(unbiased ? stations : std::vector<Station>());
+  std::optional<Chances> chances;
+  if (unbiased) {
+    chances.emplace(stations);
+  }
   const int64_t turn = static_cast<int64_t>(uniform.key % static_cast<uint64_t>(num_heads));
   for (int64_t k = 0; k < num_heads; ++k) {
     const Starts from(starts[k], start_weights.empty() ? nullptr : &start_weights[k]);
@@ -629,8 +679,8 @@ std::vector<Tensor> walk(
     for (int64_t walk = (k + turn) % num_heads; walk < num_paths; walk += num_heads, ++dealt) {
       waiting[heads[k]].push_back({walk, from.draw(uniform(2 * num_stations + k, walk))});
     }
-    if (unbiased) {
-      chances.start(heads[k], from.ids(), from.chances(), dealt);
+    if (chances) {
+      chances->start(heads[k], from.ids(), from.chances(), dealt);
     }
   }
 
@@ -666,8 +716,8 @@ std::vector<Tensor> walk(
       const auto draw = [&](auto weighted, const double* f) {
         constexpr bool W = decltype(weighted)::value;
         draw_features<scalar_t, W>(weight, f, walkers, station.base, s, temperature, epsilon, uniform, features);
-        if (unbiased) {
-          chances.step<scalar_t, W>(station, weight, f, table, walkers, temperature, epsilon);
+        if (chances) {
+          chances->step<scalar_t, W>(station, weight, f, table, walkers, temperature, epsilon);
         }
       };
       if (own_factors.defined()) {
@@ -693,11 +743,11 @@ std::vector<Tensor> walk(
     Tensor rows = at::empty({static_cast<int64_t>(set.size())}, last.options());
     std::copy(set.begin(), set.end(), rows.mutable_data_ptr<int64_t>());
     out.push_back(rows);
-    if (unbiased) {
+    if (chances) {
       Tensor scale = at::empty(rows.sizes(), last.options().dtype(at::kFloat));
       float* to = scale.mutable_data_ptr<float>();
       for (const int64_t row : set) {
-        *to++ = static_cast<float>(1 / chances.of(use_of[kept[k]], row, min_rows == 1));
+        *to++ = static_cast<float>(1 / chances->of(use_of[kept[k]], row, min_rows == 1));
       }
       scales.push_back(scale);
     }

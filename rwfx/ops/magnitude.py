@@ -107,4 +107,4 @@ def _systematic(p_O: Tensor, count: int, key: Tensor, stream: int) -> Tensor:
 
 
 def _row_norms(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight.detach().flatten(1), dim=1, dtype=torch.float32)
+    return torch.linalg.vector_norm(weight.detach().flatten(1), dim=1).float()

@@ -54,16 +54,17 @@ def record_(chosen: Tensor, rows: Tensor) -> None:
 
 
 def _observe(seen: Tensor, g: Tensor, rows: Tensor | None = None) -> None:
+    g_BO = g.reshape(-1, g.shape[-1])
     if rows is None:
-        seen.copy_(_magnitudes(g))
+        seen.copy_(_magnitudes(g_BO))
     else:
-        seen.index_copy_(0, rows, _magnitudes(g.index_select(-1, rows)))
+        seen.index_copy_(0, rows, _magnitudes(g_BO.index_select(1, rows)))
 
 
 def _top_rows(g: Tensor, count: int) -> Tensor:
     if not 0 <= count <= g.shape[-1]:
         raise ValueError(f"top_rows takes from 0 to all {g.shape[-1]} rows, got count={count}.")
-    size_O = _magnitudes(g)
+    size_O = _magnitudes(g.reshape(-1, g.shape[-1]))
     size_O = size_O.where(size_O.isfinite(), torch.inf)
     # Not topk, which takes any of equal rows.
     return size_O.sort(descending=True, stable=True).indices[:count].sort().values
@@ -75,8 +76,8 @@ def _record(chosen: Tensor, rows: Tensor) -> None:
     chosen[1 : len(rows) + 1] = rows
 
 
-def _magnitudes(g: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(g.reshape(-1, g.shape[-1]), 1, dim=0, dtype=torch.float32)
+def _magnitudes(g_BO: Tensor) -> Tensor:
+    return g_BO.abs().sum(0, dtype=torch.float32)
 
 
 _library.impl("observe_", _observe, "CompositeExplicitAutograd")

@@ -133,8 +133,7 @@ def walk(
     first_R = first_walks(visits, stations, weights, kept, num_paths)
     streams = range(2 * len(stations) + len(heads), 2 * len(stations) + len(heads) + len(kept))
     if not exactly:
-        next_ = _visited(first_R, sizes, num_paths, min_rows, key, streams)
-        rows = read_last(next_, sizes)
+        rows, next_ = _visited(first_R, sizes, num_paths, min_rows, key, streams)
         if not unbiased:
             return [*rows, next_]
         chances = row_chances(visits, *graph, *rule, kept, min_rows)
@@ -314,18 +313,22 @@ def _of_priority(first_O: Tensor, count: int, stream: int, num_paths: int, key: 
 
 def _visited(
     first_R: Tensor, sizes: Sequence[int], num_paths: int, min_rows: int, key: Tensor, streams: range
-) -> Tensor:
-    """The rows seen, and others up to ``min_rows``, in the form of ``last``. Waits for the device."""
+) -> tuple[list[Tensor], Tensor]:
+    """The rows seen, and others up to ``min_rows``; and the same in the form of ``last``. Reads once from the
+    device."""
     seen_R = first_R < num_paths
-    counts = [int(part.sum()) for part in seen_R.split(list(sizes))]
+    parts = seen_R.split(list(sizes))
+    counts = torch.stack([part.sum() for part in parts]).tolist()
     for k, size in enumerate(sizes):
         if counts[k] < min(min_rows, size):
             counts[k] = min(min_rows, size)
-            rows = _of_priority(first_R.split(list(sizes))[k], counts[k], streams[k], num_paths, key)
-            seen_R.split(list(sizes))[k][rows] = True
-    numbers = seen_R.nonzero().squeeze(1)
+            parts[k][_of_priority(first_R.split(list(sizes))[k], counts[k], streams[k], num_paths, key)] = True
+    # Not nonzero, which would ask the device once more how many there are.
+    numbers = seen_R.logical_not().sort(stable=True).indices[: sum(counts)]
     bounds = torch.tensor(list(accumulate(counts, initial=0)), device=first_R.device)
-    return torch.cat([bounds, numbers, numbers.new_zeros(len(seen_R) - len(numbers))])
+    last = torch.cat([bounds, numbers, numbers.new_zeros(len(seen_R) - len(numbers))])
+    firsts = accumulate(sizes, initial=0)
+    return [part - first for part, first in zip(numbers.split(counts), firsts, strict=False)], last
 
 
 def read_last(last: Tensor, sizes: Sequence[int]) -> list[Tensor]:

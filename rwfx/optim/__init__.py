@@ -5,7 +5,23 @@ In: parameters whose ``.grad`` is dense, or a *row gradient*: a hybrid ``torch.s
 ``nn.Embedding(sparse=True)``. Out: the parameters, updated in place.
 
 For a dense gradient each is its ``torch.optim`` namesake, whose arguments, hooks and ``state_dict`` it has. For a row
-gradient it is one such namesake *per row*: a row that is not drawn keeps its weights and its moments, and does not age.
+gradient ``unvisited``, an argument and an entry of each group, chooses what becomes of the other rows:
+
+==============  ========================================  =====================================  =====================
+``unvisited``   a row that is not drawn                   when it is drawn again                 it is
+==============  ========================================  =====================================  =====================
+``"frozen"``    keeps its weights and its moments, and    goes on from where it was; its bias    one namesake per row
+                does not age                              correction counts its own updates
+``"moving"``    has a gradient of zero: momentum moves    has nothing to make up for             the namesake, on the
+                it, its moments and weights decay                                                gradient filled with
+                                                                                                 zeros
+``"owed"``      is not touched, but ages                  first pays the decay of its moments,   as ``"moving"``, but
+                                                          and of its weights where that is       for the movement of
+                                                          decoupled, for each step it missed     the rows not drawn
+==============  ========================================  =====================================  =====================
+
+``"frozen"`` and ``"owed"`` cost what the rows drawn cost; ``"moving"`` costs a dense update and a dense copy of each
+gradient.
 
 >>> import torch, rwfx.optim
 >>> w = torch.nn.Parameter(torch.ones(3, 2))

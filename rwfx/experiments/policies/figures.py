@@ -30,7 +30,7 @@ STYLES: dict[str, dict[str, Any]] = {
     },
     "DenseFirst+TopK": {"color": "#009E73", "marker": "^", "markerfacecolor": "white", "linestyle": (0, (4, 2))},
 }
-BARS: dict[str, Any] = {"capsize": 2, "elinewidth": 0.8, "markersize": 6, "linewidth": 1.2}
+BARS: dict[str, Any] = {"elinewidth": 1, "markersize": 6, "linewidth": 1.2}
 BLACK: dict[str, Any] = {"color": "#000000", "marker": ".", "zorder": 3}
 SMALLER: dict[str, Any] = {"color": "#000000", "marker": "x", "linestyle": (0, (1, 2)), "zorder": 3}
 
@@ -61,7 +61,7 @@ def draw_forgetting(lines: Sequence[Line], metric: Metric, path: Path, title: tu
 
 def draw_curves(results: Sequence[Result], density: float, metric: Metric, path: Path, title: tuple[str, str]) -> None:
     """Draw the metric against the step, for dense and for every policy at one density."""
-    figure, (panel,) = make_panels(1, width=7.5)
+    figure, panel = _make_panel()
     shown = [DENSE, *[Contender(kind, density) for kind in STYLES]]
     seen = []
     for contender in shown:
@@ -74,11 +74,10 @@ def draw_curves(results: Sequence[Result], density: float, metric: Metric, path:
         middle = metric.scale * np.array([of.value for of in means])
         half = metric.scale * np.array([of.half_width or 0.0 for of in means])
         panel.plot(steps, middle, label=contender.kind, **style)
-        panel.fill_between(steps, middle - half, middle + half, color=style["color"], alpha=0.12, linewidth=0)
+        panel.fill_between(steps, middle - half, middle + half, color=style["color"], alpha=0.08, linewidth=0)
         seen.append(middle)
-    first = np.concatenate([middle[: max(1, len(middle) // 10)] for middle in seen])
-    every = np.concatenate(seen)
-    _limit(panel, metric, every, worst=float(np.median(first)))
+    every = metric.sign * np.concatenate(seen)
+    _limit(panel, metric, float(np.quantile(every, 0.15)), every.max())  # the beginnings would press the rest together
     panel.set_xlabel("step")
     _finish(figure, panel, metric, path, title)
 
@@ -87,7 +86,7 @@ def _scatter(
     lines: Sequence[Line], metric: Metric, path: Path, title: tuple[str, str], across: Any, label: str
 ) -> None:
     """Draw a marker with bars for every contender, joined from density to density; ``across`` gives its abscissa."""
-    figure, (panel,) = make_panels(1, width=7.5)
+    figure, panel = _make_panel()
     groups = {"dense, fewer steps": [line for line in lines if line.contender.on_frontier]}
     groups["dense, smaller batch"] = [line for line in lines if line.contender.batch_share < 1]
     groups |= {kind: [line for line in lines if line.contender.kind == kind] for kind in STYLES}
@@ -99,13 +98,22 @@ def _scatter(
         xs, ys = zip(*((across(line), line.metric) for line in members), strict=True)
         x, x_bar = _numbers([of for of, _ in xs], xs[0][1])
         y, y_bar = _numbers(ys, metric.scale)
-        panel.errorbar(x, y, y_bar, x_bar, label=name, **{**BARS, **styles[name]})
-        if name != "dense, fewer steps":
-            seen.append(y)
-    every = np.concatenate(seen)
-    _limit(panel, metric, every)
+        _, _, bars = panel.errorbar(x, y, y_bar, x_bar, label=name, **{**BARS, **styles[name]})
+        for bar in bars:
+            bar.set_alpha(0.35)
+        seen.append(metric.sign * y)
+    # A dense run of few steps may be far below everything that is compared.
+    worst = min(values.min() for values in seen[1:] or seen)
+    _limit(panel, metric, worst, max(values.max() for values in seen))
     panel.set_xlabel(label)
     _finish(figure, panel, metric, path, title)
+
+
+def _make_panel() -> tuple[Any, Any]:
+    """Make a figure with one panel, high enough for ten lines and their legend."""
+    figure, (panel,) = make_panels(1, width=7.5)
+    figure.set_figheight(6.5)
+    return figure, panel
 
 
 def _numbers(means: Sequence[Mean], scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -113,8 +121,10 @@ def _numbers(means: Sequence[Mean], scale: float) -> tuple[np.ndarray, np.ndarra
     return scale * np.array([of.value for of in means]), scale * np.array([of.half_width or 0.0 for of in means])
 
 
-def _limit(panel: Any, metric: Metric, every: np.ndarray, worst: float | None = None) -> None:
-    pass
+def _limit(panel: Any, metric: Metric, worst: float, best: float) -> None:
+    """Show from ``worst`` to ``best``, numbers of which more is better, with a margin."""
+    margin = 0.08 * (best - worst)
+    panel.set_ylim(*sorted((metric.sign * (worst - margin), metric.sign * (best + margin))))
 
 
 def _finish(figure: Any, panel: Any, metric: Metric, path: Path, title: tuple[str, str]) -> None:
@@ -122,4 +132,4 @@ def _finish(figure: Any, panel: Any, metric: Metric, path: Path, title: tuple[st
     panel.grid(color="0.9", linewidth=0.8)
     panel.set_axisbelow(True)
     handles, labels = panel.get_legend_handles_labels()
-    finish(figure, path, (f"{title[0]}\n", title[1]), handles, labels)
+    finish(figure, path, title, handles, labels)

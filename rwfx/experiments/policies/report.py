@@ -17,9 +17,10 @@ LEGEND = (
     "*row-sparse*: how many of the weights have a row-sparse backward; it would not pay for the others, or they were "
     "asked to stay dense.",
     "*seconds*, *FLOPs*, *updates*: of the whole run, over those of `dense`, of the same seed. Seconds are measured, "
-    "of forward, backward, optimizer and `zero_grad`; FLOPs are those of matrix products, of which a sparse backward's "
-    "are counted as K of O rows, each with all its features; updates are scalars that the optimizer changed.",
-    "*ahead of dense at equal ...*: how much better the metric is than what dense runs with fewer steps reach at the "
+    "of forward, backward, optimizer and `zero_grad`; FLOPs are those of products of matrices, of which a sparse "
+    "backward has those of the rows that it keeps and the columns that are read; updates are scalars that the optimizer "
+    "changed.",
+    "*ahead at equal ...*: how much better the metric is than what dense runs with fewer steps reach at the "
     "same cost, linearly between the two nearest of them, of the same seed; above 0 is better than dense. Empty where "
     "no dense run is as cheap or as dear, and for those dense runs themselves.",
     "± is half a 95 % interval of the mean over seeds (Student's).",
@@ -112,7 +113,7 @@ def table(lines: Sequence[Line], metric: Metric) -> str:
     forgetful = any(line.forgetting for line in lines)
     header = ["contender", "density", "lr", "row-sparse", f"{metric.name}, {metric.unit}"]
     header += [COSTS[cost] for cost in ("seconds", "flops", "parameter_updates")]
-    header += [f"ahead of dense at equal {name}" for name in COSTS.values()]
+    header += [f"ahead at equal {name}" for name in COSTS.values()]
     header += ["forgetting, points"] * forgetful
     cells = []
     for line in lines:
@@ -123,7 +124,8 @@ def table(lines: Sequence[Line], metric: Metric) -> str:
             f"{line.lr:g}",
             line.sparse,
             worded(line.metric, metric.scale, digits),
-            *(worded(line.shares[cost], 1, 2) for cost in ("seconds", "flops", "parameter_updates")),
+            worded(line.shares["seconds"], 1, 2),
+            *(f"{line.shares[cost].value:.2f}" for cost in ("flops", "parameter_updates")),
             *("" if mean is None else worded(mean, metric.scale, digits, "+") for mean in line.ahead.values()),
         ]
         if forgetful:

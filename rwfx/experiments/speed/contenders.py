@@ -46,18 +46,17 @@ class Contender:
     network: nn.Module
 
     def kept(self) -> float | None:
-        """Of a sparse step the share of the backward's products that the last draw kept."""
+        """Of a sparse step the share of the backward's products that the last draw kept, K of O rows of each."""
         if self.kind != "sparse":
             return None
         assert isinstance(self.network, SparseModule)
-        flops = self.network.report.flops()
-        return flops.backward / flops.dense_backward
+        return self.network.report.kept_share
 
 
 def contenders(plan: Plan, size: Size) -> list[Contender]:
     """Make every contender of ``size``, in the order in which they take turns."""
     how = (False, True) if plan.compiled else (False,)
-    found = [_forward(plan, size)]
+    found = [_forward(plan, size, compiled) for compiled in how]
     found += [_step(plan, size, "dense", None, compiled) for compiled in how]
     for num_paths in size.num_paths:
         if plan.masked:
@@ -110,10 +109,11 @@ def train_step(loss: Callable[[], Tensor], optimizer: Optimizer) -> Call:
     return step
 
 
-def _forward(plan: Plan, size: Size) -> Contender:
+def _forward(plan: Plan, size: Size, compiled: bool) -> Contender:
     network, _ = build(plan, size, "dense", None)
     inputs, _ = batch(plan, size)
-    return Contender("forward", None, False, lambda: network(inputs), network)
+    called = torch.compile(network, fullgraph=True) if compiled else network
+    return Contender("forward", None, compiled, lambda: called(inputs), network)
 
 
 def _step(plan: Plan, size: Size, kind: str, num_paths: int | None, compiled: bool) -> Contender:

@@ -89,7 +89,7 @@ class Plan:
     transform_options: dict[str, Any] = field(default_factory=dict)
     draws: Draws = Draws()
     deep_layers: int = 100
-    """Layers of the network, 64 wide, whose transformation is timed."""
+    """Layers of the network whose transformation is timed."""
     repeats: int = 5
     """Of what is measured once a process: transformations and first compiled steps."""
 
@@ -129,8 +129,9 @@ def check_plan(plan: Plan) -> None:
     Raises:
         ValueError: names the number or the size.
     """
-    if plan.rounds < 1:
-        raise ValueError(f"rounds must be at least 1; given {plan.rounds}.")
+    for name, given in {"rounds": plan.rounds, "repeats": plan.repeats}.items():
+        if given < 1:
+            raise ValueError(f"{name} must be at least 1; given {given}.")
     ((most, count),) = Counter((size.name, size.batch_size) for size in plan.sizes).most_common(1)
     if count > 1:
         raise ValueError(f"a size is there twice: {most[0]}@{most[1]}. Give all its numbers of paths at once.")

@@ -60,14 +60,16 @@ class Line:
 
 COLUMNS = {
     "dense ms": "the better of the eager and the compiled dense step, by median, with `torch.optim.Adam(fused=True)`",
-    "limit": "dense step over its forward alone: as many times as fast would be a step with a free backward and update",
+    "limit": "dense step over its forward alone, the better of eager and compiled: as many times as fast would be a "
+    "step with a free backward and update",
     "times dense": "dense step over this step: above 1 is faster than dense",
     "share of the limit": "times dense of the better sparse step, over the limit",
     "times the ideal": "the better sparse step over the ideal one: 1 is ideal, above 1 is slower; ideal = forward + "
     "(dense step - forward) x kept",
     "sampler ms": "drawing the row sets, by itself, and as a share of the better sparse step",
     "optimizer ms": "the row optimizer's step, by itself and on fixed gradients, and as a share of the same",
-    "kept": "share of the dense backward's products that is computed, K of O rows each; mean of the turns' last draws",
+    "kept": "share of the dense backward's products that is kept, K of O rows of each (not counted: that of an input's "
+    "gradient only the columns read are computed); mean of the turns' last draws",
 }
 """What the table shows after size, batch and paths."""
 
