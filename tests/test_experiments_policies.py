@@ -181,10 +181,9 @@ def test_a_final_run_has_the_rate_that_tuning_chose(finished):
         trials = [line for line in lines_of(made.out / "tuning.csv") if line["task"] == task]
         assert len(trials) == len(contenders(made)) * len(made.lrs)
         for contender in contenders(made):
-            own = {
-                float(line["validation"]): float(line["lr"]) for line in trials if line["contender"] == contender.name
-            }
-            assert {of.lr for of in results_of(results, contender, task)} == {own[max(own)]}
+            own = [line for line in trials if line["contender"] == contender.name]
+            best = max(own, key=lambda line: float(line["validation"]))
+            assert {of.lr for of in results_of(results, contender, task)} == {float(best["lr"])}
         assert tuning.TUNING_SEED not in {of.seed for of in results}
 
 
@@ -332,7 +331,7 @@ def test_every_contender_of_a_fine_tuning_seed_begins_with_what_was_learned(fini
     for seed in (0, 1):
         before = {of.earlier_before for of in results if of.task == "digits-classes" and of.seed == seed}
         assert len(before) == 1
-        assert before.pop() > 0.5  # of chance's 0.2
+        assert before.pop() > 0.3  # chance's is 0.2
     assert all(of.end.earlier_metric < of.earlier_before for of in results_of(results, DENSE, "digits-classes"))
     assert {of.earlier_before for of in results_of(results, DENSE)} == {None}
 

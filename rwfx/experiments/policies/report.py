@@ -18,8 +18,8 @@ LEGEND = (
     "asked to stay dense.",
     "*seconds*, *FLOPs*, *updates*: of the whole run, over those of `dense`, of the same seed. Seconds are measured, "
     "of forward, backward, optimizer and `zero_grad`; FLOPs are those of products of matrices, of which a sparse "
-    "backward has those of the rows that it keeps and the columns that are read; updates are scalars that the optimizer "
-    "changed.",
+    "backward has those of the rows that it keeps and the columns that are read; updates are scalars that the "
+    "optimizer changed.",
     "*ahead at equal ...*: how much better the metric is than what dense runs with fewer steps reach at the "
     "same cost, linearly between the two nearest of them, of the same seed; above 0 is better than dense. Empty where "
     "no dense run is as cheap or as dear, and for those dense runs themselves.",
