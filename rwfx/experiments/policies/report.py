@@ -23,6 +23,8 @@ LEGEND = (
     "*ahead at equal ...*: how much better the metric is than what dense runs with fewer steps reach at the "
     "same cost, linearly between the two nearest of them, of the same seed; above 0 is better than dense. Empty where "
     "no dense run is as cheap or as dear, and for those dense runs themselves.",
+    "*forgetting*: the accuracy on the first task before fine-tuning minus that after it, the answer chosen among the "
+    "first task's classes: among all classes, networks that were fine-tuned on others name hardly any but these.",
     "± is half a 95 % interval of the mean over seeds (Student's).",
 )
 

@@ -24,7 +24,7 @@ from rwfx.experiments.policies.contenders import DENSE, Contender, contenders
 from rwfx.experiments.policies.plan import Plan, check_plan
 from rwfx.experiments.policies.report import Row, TrialRow, legend, rows_of, section, trial_rows
 from rwfx.experiments.policies.runs import Point, Result, Run, take_turns
-from rwfx.experiments.policies.tasks import Split, Task, measure, task_of
+from rwfx.experiments.policies.tasks import Task, measure, task_of
 from rwfx.experiments.policies.tuning import TUNING_SEED, Trial, best_rates, trials
 from rwfx.experiments.tables import write_csv
 from rwfx.files import replacing
@@ -114,7 +114,7 @@ def _tune(plan: Plan, task: Task, bar: tqdm) -> list[Trial]:
 def _race(plan: Plan, task: Task, rates: dict[Contender, float], seed: int, bar: tqdm) -> list[Result]:
     """Train every contender with the seed, in turns, and judge each at the ends of some."""
     start = _start(plan, task, seed, bar)
-    before = _earlier_metric(task, start, task.earlier)
+    before = _earlier_metric(task, start)
     runs = [
         Run(plan, one, start, task.split.train, plan.steps_of(task.name), rates[one], seed) for one in contenders(plan)
     ]
@@ -125,7 +125,7 @@ def _race(plan: Plan, task: Task, rates: dict[Contender, float], seed: int, bar:
         share, past = (done * plan.evaluations // one.steps for done in (one.done, one.done - count))
         if share > past:
             metric = measure(one.network, task.split.test, task.metric)
-            earlier = _earlier_metric(task, one.network, task.earlier)
+            earlier = _earlier_metric(task, one.network)
             points[one.contender].append(
                 Point(one.done, one.seconds, one.parameter_updates, one.flops, metric, earlier)
             )
@@ -142,8 +142,8 @@ def _start(plan: Plan, task: Task, seed: int, bar: tqdm) -> nn.Module:
     return start
 
 
-def _earlier_metric(task: Task, network: nn.Module, earlier: Split | None) -> float | None:
-    return None if earlier is None else measure(network, earlier.test, task.metric)
+def _earlier_metric(task: Task, network: nn.Module) -> float | None:
+    return task.earlier and measure(network, task.earlier.test, task.metric, task.earlier_classes)
 
 
 def _first_steps(plan: Plan, task: Task) -> int:

@@ -68,6 +68,8 @@ class Task:
     """The network and the data, in words."""
     earlier: Split | None = None
     """What the network has learned before, in fine-tuning."""
+    earlier_classes: slice | None = None
+    """The classes of that. It is measured among them: with later ones to choose from, those are all that is named."""
 
 
 def task_of(plan: Plan, name: str) -> Task:
@@ -98,13 +100,17 @@ def split_off(data: DataSet, device: str) -> Split:
     return Split(train, validation, Part(data.test_inputs.to(device), data.test_target.to(device)))
 
 
-def measure(network: nn.Module, part: Part, metric: Metric) -> float:
-    """Give ``metric`` of ``network`` on the examples of ``part``: the share that it names, or its mean loss."""
+def measure(network: nn.Module, part: Part, metric: Metric, classes: slice | None = None) -> float:
+    """Give ``metric`` of ``network`` on the examples of ``part``: the share that it names, or its mean loss.
+
+    It has only ``classes`` to choose from, a slice of the outputs, where they are given.
+    """
+    classes = classes or slice(0, None)
     total = 0.0
     network.eval()
     with torch.no_grad():
         for inputs, target in TensorLoader(part.inputs, part.target, 2048):
-            output = network(inputs)
+            output, target = network(inputs)[:, classes], target - classes.start
             if metric is METRICS["accuracy"]:
                 total += int((output.argmax(-1) == target).sum())
             else:
@@ -124,6 +130,7 @@ def _images(plan: Plan, name: str, data: DataSet, earlier: DataSet | None = None
         METRICS["accuracy"],
         about,
         None if earlier is None else split_off(earlier, plan.device),
+        None if earlier is None else slice(int(earlier.train_target.min()), earlier.classes),
     )
 
 
