@@ -187,6 +187,16 @@ def test_a_final_run_has_the_rate_that_tuning_chose(finished):
         assert tuning.TUNING_SEED not in {of.seed for of in results}
 
 
+@pytest.mark.parametrize("contender", [DENSE, TOPK], ids=lambda one: one.name)
+def test_a_final_run_is_judged_on_test_data(contender, finished):
+    made, results = finished
+    task = task_of(made, "digits")
+    found = results_of(results, contender)[1]
+    again = Run(made, contender, task.network(1), task.split.train, 60, found.lr, seed=1)
+    again.take_turn(60)
+    assert found.end.metric == measure(again.network, task.split.test, ACCURACY)
+
+
 def test_validation_is_a_tenth_of_the_training_data_that_no_run_is_trained_on(digits):
     split = split_off(digits, "cpu")
     rows = [{tuple(row) for row in part.inputs.tolist()} for part in (split.train, split.validation)]

@@ -39,7 +39,10 @@ def draw(plan: Plan, task: Task, results: Sequence[Result]) -> None:
     """Draw the figures of ``task`` into ``plan.out``."""
     lines = summarise(results, task.metric)
     seeds = f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''}"
-    title = (task.name, f"{task.about.partition(',')[0]}, {seeds}" + ", mean and 95 % interval" * (plan.seeds > 1))
+    title = (
+        task.name,
+        f"{task.about.partition(', first')[0]}, {seeds}" + ", mean and 95 % interval" * (plan.seeds > 1),
+    )
     draw_costs(lines, task.metric, plan.out / f"{task.name}_against_seconds.png", title)
     densities = sorted(plan.densities)
     density = densities[len(densities) // 2]
