@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from rwfx.arguments import check_number
 from rwfx.experiments import accuracy
 from rwfx.experiments.data import DATA_SETS
+from rwfx.experiments.policies import plan as policies_plan
+from rwfx.experiments.policies import run as policies
+from rwfx.experiments.policies import variance
 from rwfx.experiments.speed import run as speed
 from rwfx.experiments.speed.plan import DTYPES, PARTS, SIZES, Plan, Size, read_parts, read_size
 from rwfx.train import OPTIMIZERS
@@ -29,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_accuracy(commands)
     _add_speed(commands)
+    _add_policies(commands)
     options = parser.parse_args(arguments)
     try:
         if options.threads is not None:
@@ -50,6 +55,19 @@ def numbers(text: str) -> tuple[int, ...]:
     if not found or min(found) < 1:
         raise argparse.ArgumentTypeError(f"whole numbers from 1, separated by commas; given {text!r}")
     return found
+
+
+def decimals(text: str) -> tuple[float, ...]:
+    """Read ``0.05,0.1,2e-3``."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers, separated by commas; given {text!r}") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read ``mnist,shakespeare``."""
+    return tuple(text.split(","))
 
 
 def size(text: str) -> Size:
@@ -75,11 +93,12 @@ def on_or_off(text: str) -> bool:
     return text == "on"
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def _add_common(command: argparse.ArgumentParser, walks: bool = True) -> None:
+    """Add where to run, and the options of what is run; those of walks only where every contender is one."""
     command.add_argument("--device", default="cpu", help="default: cpu")
     command.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
-    for owner, known in {"RandomWalk": WALK_OPTIONS, "transform": TRANSFORM_OPTIONS}.items():
+    for owner, known in {"RandomWalk": WALK_OPTIONS if walks else {}, "transform": TRANSFORM_OPTIONS}.items():
         for name, kind in known.items():
             command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"as in rwfx.{owner}")
 
@@ -177,3 +196,46 @@ def _run_speed(options: argparse.Namespace) -> None:
         transform_options=_given(options, TRANSFORM_OPTIONS),
     )
     speed.run(plan, progress=not options.quiet)
+
+
+def _add_policies(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "policies",
+        help="the ways to choose rows: accuracy or loss at equal steps, seconds, FLOPs and updates, beside dense",
+        description=policies.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan = policies_plan.Plan()
+    lists: dict[str, tuple[Callable[[str], Any], str]] = {
+        "tasks": (names, f"of {','.join(policies_plan.STEPS)}"),
+        "policies": (names, f"of {','.join(policies_plan.POLICY_NAMES)}"),
+        "densities": (decimals, "shares of the rows kept"),
+        "dense_shares": (decimals, "shares of the steps after which further dense runs end"),
+        "batch_shares": (decimals, "shares of the batch of further dense runs"),
+        "lrs": (decimals, "learning rates to choose from"),
+        "hidden": (numbers, "widths between"),
+    }
+    for name, (kind, meaning) in lists.items():
+        default = getattr(plan, name)
+        shown = "all" if name == "policies" else ",".join(map(str, default))
+        command.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{meaning} (default: {shown})"
+        )
+    steps = ", ".join(f"{task} {steps}" for task, steps in policies_plan.STEPS.items())
+    command.add_argument("--steps", type=int, help=f"steps of a whole run (default: {steps})")
+    command.add_argument("--seeds", type=int, default=plan.seeds, help="how many, counted from 0 (default: 3)")
+    command.add_argument("--batch-size", type=int, default=plan.batch_size, help=f"default: {plan.batch_size}")
+    command.add_argument("--evaluations", type=int, default=plan.evaluations, help="of a final run (default: 20)")
+    command.add_argument("--dense-head", action="store_true", help="keep the output weight dense, whatever pays")
+    command.add_argument("--data-dir", type=Path, help="folder with the data, in torchvision's layout")
+    command.add_argument("--out", type=Path, default=plan.out, help=f"default: {plan.out}")
+    command.add_argument("--variance", action="store_true", help="instead: bias and variance of the gradients")
+    _add_common(command, walks=False)
+    command.set_defaults(run=_run_policies)
+
+
+def _run_policies(options: argparse.Namespace) -> None:
+    known = {column.name for column in fields(policies_plan.Plan)} - {"transform_options"}
+    given = {name: getattr(options, name) for name in known}
+    plan = policies_plan.Plan(**given, transform_options=_given(options, TRANSFORM_OPTIONS))
+    (variance.run if options.variance else policies.run)(plan, progress=not options.quiet)

@@ -1,8 +1,8 @@
-"""Data sets as whole tensors, and a loader of shuffled batches of them.
+"""Data sets as whole tensors, a text as numbers, and a loader of shuffled batches.
 
 In: the name of a data set. Out: a ``DataSet``, its inputs flattened and standardised with the mean and
-deviation of the training set (of each colour channel). Batches are cut out by index: gathering 128 items
-one by one, as a ``DataLoader`` does, takes longer than the step they are for.
+deviation of the training set (of each colour channel); or a ``Text``, and its windows. Batches are cut out by
+index: gathering 128 items one by one, as a ``DataLoader`` does, takes longer than the step they are for.
 """
 
 import contextlib
@@ -24,6 +24,9 @@ TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CI
 """The data sets read by ``torchvision.datasets``, and their classes there."""
 
 DATA_SETS = ("digits", *TORCHVISION)
+
+TEXT = Path("tinyshakespeare") / "input.txt"
+"""Where the text lies in the folder of the data; it may also lie there without a folder of its own."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,23 @@ class DataSet:
         names = ("train_inputs", "train_target", "test_inputs", "test_target")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def only(self, classes: range) -> "DataSet":
+        """Give the examples of these classes; a target keeps its number."""
+        parts: dict[str, Tensor] = {}
+        for part in ("train", "test"):
+            target = getattr(self, f"{part}_target")
+            chosen = (target >= classes.start) & (target < classes.stop)
+            parts |= {f"{part}_inputs": getattr(self, f"{part}_inputs")[chosen], f"{part}_target": target[chosen]}
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True)
+class Text:
+    """``N`` characters: ``codes`` ``(N,)`` int64, places in ``vocabulary``, the characters that there are, sorted."""
+
+    codes: Tensor
+    vocabulary: str
+
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> DataSet:
     """Read the data set ``name``, one of ``DATA_SETS``.
@@ -76,6 +96,40 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> DataSet:
         ((test_images - mean) / deviation).flatten(1),
         test_target,
     )
+
+
+def load_text(data_dir: str | os.PathLike[str] | None = None) -> Text:
+    """Read tiny Shakespeare: ``data_dir`` (or ``CACHE``) is the file or holds ``TEXT``.
+
+    Raises:
+        ValueError: the file is not there, or is no text; it is not downloaded.
+    """
+    root = CACHE if data_dir is None else Path(data_dir)
+    found = [path for path in (root, root / TEXT, root / TEXT.name) if path.is_file()]
+    if not found:
+        raise ValueError(
+            f"{TEXT.name} of tiny Shakespeare is not in {os.fspath(root)!r}, and is not downloaded. Get it from "
+            f"github.com/karpathy/char-rnn, data/{TEXT.as_posix()}, put it there as {TEXT.as_posix()}, or give its "
+            "folder with --data-dir."
+        )
+    try:
+        text = found[0].read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(found[0])!r} is no text in UTF-8: {error}") from error
+    if not text:
+        raise ValueError(f"{os.fspath(found[0])!r} is empty.")
+    vocabulary = "".join(sorted(set(text)))
+    places = {character: place for place, character in enumerate(vocabulary)}
+    return Text(torch.tensor([places[character] for character in text]), vocabulary)
+
+
+def windows(codes: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Give every ``context`` characters in a row, ``(N - context, context)``, and the one after, ``(N - context,)``.
+
+    Both are views: of a text no copy is made until a batch is cut out.
+    """
+    every = codes.unfold(0, context + 1, 1)
+    return every[:, :context], every[:, context]
 
 
 def _digits() -> DataSet:
