@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rwfx.ops.blank_rows
 import rwfx.ops.magnitude  # noqa: F401  defines the operators
+from rwfx.labels import WeightUse
 from rwfx.ops.walk import pack_stations
 from rwfx.policies import Magnitude, Policy, RandomWalk, TopK, Uniform
 from rwfx.sampler import Buffers, RowSampler
@@ -32,7 +33,7 @@ class UniformSampler(RowSampler):
     ) -> None:
         super().__init__(graph, kept, seed, densities, resample_every=resample_every)
         self.unbiased = policy.unbiased
-        _check_used_once(graph, kept, policy)
+        _check_passed_once(graph, kept, policy)
         self.crossed = tuple(graph.names)
         self._kept = [self.crossed.index(name) for name in kept]
         stations, tables = stations_of(graph, self.crossed)
@@ -83,7 +84,7 @@ class MagnitudeSampler(RowSampler):
     ) -> None:
         super().__init__(graph, kept, seed, densities, resample_every=resample_every)
         self.policy, self.unbiased = policy, policy.unbiased
-        _check_used_once(graph, kept, policy)
+        _check_passed_once(graph, kept, policy)
         self.register_buffer("norms", torch.zeros(sum(self.sizes)), persistent=False)
 
     def draw(self, *weights: Tensor) -> list[Tensor]:
@@ -166,11 +167,18 @@ def sampler_of(
     return kind(graph, kept, seed, policy, densities, resample_every)  # type: ignore[arg-type]
 
 
-def _check_used_once(graph: WeightGraph, kept: Sequence[str], policy: Uniform | Magnitude) -> None:
-    uses = [use.weight for use in graph.uses]
-    twice = [weight for weight in kept if uses.count(weight) > 1]
-    if policy.unbiased and twice:
-        raise ValueError(
-            f"unbiased=True needs weights that are used once: {twice[0]} is used {uses.count(twice[0])} times, "
-            "always with the same row set, so that a gradient which passes it twice would be weighed once too often."
-        )
+def _check_passed_once(graph: WeightGraph, kept: Sequence[str], policy: Uniform | Magnitude) -> None:
+    """Refuse to weigh a row set that lies twice on one way through the network."""
+    if not policy.unbiased:
+        return
+    leads_to: list[set[int]] = []  # for each station those that can be come to from it
+    for number in range(len(graph.stations)):
+        targets = set(graph.station_of(graph.sources(number)).tolist()) - {-1}
+        leads_to.append(targets.union(*(leads_to[target] for target in targets)))
+    for weight in kept:
+        uses = {k for k, s in enumerate(graph.stations) if isinstance(s, WeightUse) and s.weight == weight}
+        if any(uses & leads_to[use] for use in uses):
+            raise ValueError(
+                f"unbiased=True needs weights that a gradient passes once: {weight} is used {len(uses)} times, one use "
+                "behind the other and with the same row set, which would be weighed once too often."
+            )

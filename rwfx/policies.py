@@ -199,7 +199,7 @@ class Uniform(_Worded):
 
     Args:
         unbiased: multiply a kept row's output gradient by ``O / K``, the exact inverse of its probability, so that the
-            expected gradient is the dense one; each weight must be used once.
+            expected gradient is the dense one; no gradient may pass a weight twice.
     """
 
     density: Densities
@@ -222,7 +222,7 @@ class Magnitude(_Worded):
 
     Args:
         refresh: compute the norms anew every so many steps.
-        unbiased: divide a kept row's output gradient by ``p[r]``; each weight must be used once.
+        unbiased: divide a kept row's output gradient by ``p[r]``; no gradient may pass a weight twice.
 
     Source: W. Madow, "On the Theory of Systematic Sampling, II", Annals of Mathematical Statistics 1949; in random
     order: H. Hartley & J. Rao, "Sampling with Unequal Probabilities and without Replacement", ibid. 1962.

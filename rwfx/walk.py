@@ -99,7 +99,8 @@ class WalkSampler(RowSampler):
             raise ValueError(
                 "unbiased=True needs a model whose weights form a tree, each used once and leading to one other: "
                 "here rows are added, or a weight is used twice, and the walks' sets are then not independent enough "
-                "to be weighed. rwfx.Uniform and rwfx.Magnitude are unbiased wherever each weight is used once."
+                "to be weighed. rwfx.Uniform and rwfx.Magnitude are unbiased wherever no gradient passes a weight "
+                "twice."
             )
         self._tables = Buffers(tables)
         self._starts = Buffers(graph.heads.values())

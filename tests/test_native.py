@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 from zoo import ZOO, Residual, make
 
@@ -17,6 +18,7 @@ from rwfx import native
 from rwfx.ops import row_linear
 from rwfx.ops import walk as walk_in_python
 from rwfx.ops.linear import ACTIVATIONS, _RowLinear
+from rwfx.ops.walk import unpack_stations
 from rwfx.policies import RandomWalk
 from rwfx.walk import WalkSampler
 
@@ -58,6 +60,58 @@ def test_row_linear_is_the_python_implementation(kernels, activation, direct, dx
                 assert_close(a.to_dense(), e.to_dense(), **tolerance)
 
 
+OBSERVING = {
+    "scale": {"scale": torch.linspace(0.5, 4, 9)},
+    "seen": {"seen": torch.zeros(70)},
+    "seen, rows": {"seen": torch.full((70,), -1.0), "seen_all": False},
+    "scale and seen": {"scale": torch.linspace(0.5, 4, 9), "seen": torch.zeros(70)},
+    "chosen": {"chosen": torch.zeros(71, dtype=torch.int64)},
+    "chosen and seen": {"chosen": torch.zeros(71, dtype=torch.int64), "seen": torch.zeros(70)},
+    "chosen and seen, rows": {
+        "chosen": torch.zeros(71, dtype=torch.int64), "seen": torch.full((70,), -1.0), "seen_all": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OBSERVING.values(), ids=OBSERVING)
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+@pytest.mark.parametrize("dx", ["rows", "full"])
+def test_row_linear_scales_sees_and_chooses_as_the_python_implementation(kernels, dx, grad, dtype, stored, options):
+    x, w, b = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((4, 9, 40), (70, 40), (70,)))
+    upstream = torch.randn(4, 9, 70, dtype=dtype)
+    if stored == "columns":
+        upstream = upstream.movedim(-1, 0).contiguous().movedim(0, -1)
+    rows, columns = torch.arange(2, 65, 7), torch.tensor([0, 5, 39])
+    runs = []
+    for call in (row_linear, _RowLinear.apply):
+        own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        more = [own.get(name, name == "seen_all" or None) for name in ("scale", "seen", "seen_all", "chosen")]
+        y = call(x, w, b, rows, dx, grad, None, None, None, columns, "gelu", False, *more)
+        runs.append((torch.autograd.grad(y, (x, w, b), upstream), own))
+    (ours, observed), (theirs, expected) = runs
+    tolerance = {"rtol": 0, "atol": 2e-4 if dtype == torch.float32 else 1e-12}
+    for a, e in zip(ours, theirs, strict=True):
+        assert a.layout == e.layout
+        assert_close(a.to_dense(), e.to_dense(), **tolerance)
+    for name in options.keys() - {"seen_all"}:
+        assert_close(observed[name], expected[name])
+        assert name == "scale" or not torch.equal(observed[name], options[name])
+
+
+class TwoTrees(nn.Module):
+    """Two heads; at the second, walks come to either of two weights or end."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 90), nn.Linear(90, 130), nn.Linear(130, 8)
+        self.d, self.e, self.f = nn.Linear(5, 70), nn.Linear(5, 4), nn.Linear(70 + 5 + 4, 9)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x))), self.f(torch.cat([self.e(x), x, self.d(x)], 1).flip(1))
+
+
 WALKS = [
     {},
     {"num_paths": 1},
@@ -73,20 +127,20 @@ WALKS = [
 ]
 
 
-def walk_sampler(graph, resample_every=1, **options):
+def walk_sampler(graph, resample_every=1, kept=None, **options):
     walk, densities = RandomWalk(**options), None
     if walk.density is not None:
         densities = dict.fromkeys(graph.names, walk.density)
-    return WalkSampler(graph, list(graph.names), 7, walk, densities, resample_every)
+    return WalkSampler(graph, kept or list(graph.names), 7, walk, densities, resample_every)
 
 
-def draw_twice(sampler, weights, step):
+def draw_twice(sampler, weights, step, **new):
     """The row sets of one step, by the kernel and by the Python implementation."""
     options = sampler.policy
     graph = sampler._kept, sampler._tables.tensors(), sampler._heads, sampler._starts.tensors(), sampler._layout
     numbers = options.num_paths, options.temperature, options.epsilon, options.min_rows
     arguments = *graph, torch.tensor([7, step]), sampler.last, *numbers, sampler.exactly, sampler.resample_every
-    return torch.ops.rwfx.walk.default(weights, *arguments), walk_in_python(weights, *arguments)
+    return torch.ops.rwfx.walk.default(weights, *arguments, **new), walk_in_python(weights, *arguments, **new)
 
 
 @pytest.mark.parametrize("options", WALKS, ids=str)
@@ -122,6 +176,61 @@ def test_walk_crosses_weights_of_other_dtypes_as_the_python_implementation(kerne
     for step in range(20):
         ours, theirs = draw_twice(sampler, weights, step)
         assert all(torch.equal(a, e) for a, e in zip(ours, theirs, strict=True))
+
+
+NEW = {
+    "factors": {"factors": True},
+    "starts": {"start_weights": True},
+    "budget": {"budget": True, "factors": True, "start_weights": True},
+    "unbiased": {"unbiased": True},
+    "all": {"factors": True, "start_weights": True, "unbiased": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.5, "epsilon": 0.2}, {"num_paths": 300}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "new"),
+    # No scales where rows are added: walks have several ways to a row there.
+    [*[(TwoTrees, new) for new in NEW], *[(Residual, new) for new in NEW if "unbiased" not in NEW[new]]],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_walk_follows_factors_and_starts_and_gives_scales_as_the_python_implementation(
+    kernels, kind, options, dtype, new
+):
+    model = make(kind) if kind is Residual else kind()
+    graph = rwfx.weight_graph(model)
+    sampler = walk_sampler(graph, **{"num_paths": 20, **options}, kept=list(graph.names)[:-1])
+    weights = [model.get_parameter(name).detach().clone().to(dtype) for name in sampler.crossed]
+    for w in weights:
+        w[0] = 0
+        w[-1, 0] = float("nan")
+        w[:, 1] = 0
+    stations = unpack_stations(tuple(sampler._layout))
+    unbiased = "unbiased" in NEW[new]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(6):
+        real = (torch.float32, torch.float64)[step % 2]
+        features = [0 if s.weight < 0 else weights[s.weight].shape[1] for s in stations]
+        factors = [torch.rand(n, generator=generator, dtype=real) for n in features]
+        start_weights = [torch.rand(len(ids), generator=generator, dtype=real) for ids in sampler._starts.tensors()]
+        for given in (*factors, *start_weights):
+            given[given < 0.2] = 0
+        if step == 5:
+            factors[-1][0] = start_weights[0][0] = float("inf")
+        rows = [int(torch.randint(1, n + 1, (), generator=generator)) for n in sampler.sizes]
+        values = {
+            "factors": factors,
+            "start_weights": start_weights,
+            "budget": torch.tensor([step * 10, *rows]),
+            "unbiased": True,
+        }
+        ours, theirs = draw_twice(sampler, weights, step, **{name: values[name] for name in NEW[new]})
+        assert len(ours) == len(theirs) == (2 if unbiased else 1) * len(sampler.kept) + 1
+        for a, e in zip(ours, theirs, strict=True):
+            assert a.dtype == e.dtype
+            assert_close(a, e, rtol=1e-6 if a.is_floating_point() else 0, atol=0)
+            assert not a.is_floating_point() or a.isfinite().all()
 
 
 OPTIMIZERS = {

@@ -667,11 +667,11 @@ std::vector<Tensor> walk(
     waiting[target].push_back(walker);
   };
 
-  // With fewer walks than output weights, the turn of the first walk moves on from step to step.
   std::optional<Chances> chances;
   if (unbiased) {
     chances.emplace(stations);
   }
+  // With fewer walks than output weights, the turn of the first walk moves on from step to step.
   const int64_t turn = static_cast<int64_t>(uniform.key % static_cast<uint64_t>(num_heads));
   for (int64_t k = 0; k < num_heads; ++k) {
     const Starts from(starts[k], start_weights.empty() ? nullptr : &start_weights[k]);
