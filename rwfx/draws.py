@@ -70,8 +70,9 @@ class UniformSampler(RowSampler):
 class MagnitudeSampler(RowSampler):
     """Draws rows by the norms of their weights."""
 
-    remembered = ("norms",)
-    norms: Tensor
+    remembered = ("chances", "order")
+    chances: Tensor
+    order: Tensor
 
     def __init__(
         self,
@@ -85,24 +86,29 @@ class MagnitudeSampler(RowSampler):
         super().__init__(graph, kept, seed, densities, resample_every=resample_every)
         self.policy, self.unbiased = policy, policy.unbiased
         _check_passed_once(graph, kept, policy)
-        self.register_buffer("norms", torch.zeros(sum(self.sizes)), persistent=False)
+        self.register_buffer("chances", torch.zeros(sum(self.sizes), dtype=torch.float64), persistent=False)
+        self.register_buffer("order", torch.zeros(sum(self.sizes), dtype=torch.int64), persistent=False)
 
     def draw(self, *weights: Tensor) -> list[Tensor]:
         """K rows of O for each weight."""
-        *drawn, norms, last = torch.ops.rwfx.draw_by_norm.default(
+        policy = self.policy
+        *drawn, chances, order, last = torch.ops.rwfx.draw_by_norm.default(
             weights,
-            self.norms,
+            self.chances,
+            self.order,
             self.state,
             self.last,
-            self.policy.power,
-            self.policy.refresh,
+            policy.power,
+            policy.refresh,
             self.exactly,
             self._budget(),
             self.resample_every,
+            policy.unbiased,
         )
-        self.norms.copy_(norms)
+        self.chances.copy_(chances)
+        self.order.copy_(order)
         self.last.copy_(last)
-        return drawn if self.unbiased else drawn[: len(self.kept)]
+        return drawn
 
 
 class TopKSampler(RowSampler):

@@ -222,7 +222,7 @@ class Magnitude(_Worded):
     large one keeps the rows with the largest norms.
 
     Args:
-        refresh: compute the norms anew every so many steps.
+        refresh: compute the norms anew, and draw a new order, every so many steps (under a schedule at every step).
         unbiased: divide a kept row's output gradient by ``p[r]``; no gradient may pass a weight twice.
 
     Source: W. Madow, "On the Theory of Systematic Sampling, II", Annals of Mathematical Statistics 1949; in random

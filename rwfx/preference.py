@@ -20,11 +20,15 @@ from rwfx.weight_graph import WeightGraph
 
 
 class Preference(KeepsTypes):
-    """The memory of a walk policy; ``update`` before a draw, then ``factors`` and ``of_starts``."""
+    """The memory of a walk policy; ``update`` before a draw, then ``of_ids``, and of these ``factors`` and
+    ``of_starts``."""
 
     ids: Tensor
     use: Tensor
     row: Tensor
+    sizes: Tensor
+    places: Tensor
+    ones: Tensor
     value: Tensor
 
     def __init__(self, graph: WeightGraph, kept: Sequence[str], options: RandomWalk) -> None:
@@ -40,18 +44,22 @@ class Preference(KeepsTypes):
             "use": torch.arange(len(observed)).repeat_interleave(sizes),
             # Among all rows of the kept weights, as a sampler's ``last`` numbers them.
             "row": torch.cat([torch.arange(s.rows) + first_row[s.weight] for s in observed]),
+            "sizes": sizes,
+            "places": torch.arange(sum(map(graph.rows, kept))),
+            "ones": torch.ones(len(graph) + 1),
             "value": torch.full((int(sizes.sum()),), options.optimism if isinstance(options, LearnedWalk) else 0.0),
         }
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)
-        self._num_uses, self._num_ids, self._num_rows = len(observed), len(graph), sum(map(graph.rows, kept))
         # A table of -1, the end of a walk, leads to the number behind all ids.
         self.tables = Buffers(
-            torch.where(s.feature_map < 0, self._num_ids, s.feature_map) if isinstance(s, WeightUse) else s.members
+            torch.where(s.feature_map < 0, len(graph), s.feature_map) if isinstance(s, WeightUse) else s.members
             for s in graph.stations
         )
         self.shares = Buffers(_shares(s) if isinstance(s, Junction) else torch.zeros(0) for s in graph.stations)
         self._junctions = [(k, s.base) for k, s in enumerate(graph.stations) if isinstance(s, Junction)]
+        last = {k for k, s in enumerate(graph.stations) if isinstance(s, WeightUse) and (s.feature_map < 0).all()}
+        self._without = last.union(k for k, _ in self._junctions)
         self.starts = Buffers(graph.heads.values())
 
     def update(self, last: Tensor) -> None:
@@ -62,52 +70,49 @@ class Preference(KeepsTypes):
             self.value.mul_(options.memory).add_(seen_N, alpha=1 - options.memory)
         elif isinstance(options, LearnedWalk):
             drawn_N = self._was_drawn(last)
-            mean_N = self._mean(seen_N * drawn_N) / self._mean(drawn_N).clamp(min=1 / self._num_ids)
-            usefulness_N = torch.where(mean_N > 0, seen_N / mean_N, self.value)
-            learned_N = options.rate * (usefulness_N - self.value)
-            self.value.add_(torch.where(drawn_N > 0, learned_N, options.forget * (options.optimism - self.value)))
+            mean_U = self._sums(seen_N * drawn_N) / self._sums(drawn_N).clamp(min=1)
+            usefulness_N = seen_N / mean_U.clamp(min=1e-30).index_select(0, self.use)
+            # To the usefulness of a row that was drawn, to optimism of another.
+            towards_N = (usefulness_N - options.optimism) * drawn_N + options.optimism
+            self.value.lerp_(towards_N, drawn_N * (options.rate - options.forget) + options.forget)
         else:
             self.value.copy_(seen_N)
 
-    def factors(self) -> list[Tensor]:
-        """For each station the ``(I,)`` factors of its features; of a junction nothing."""
-        value_G = self._of_ids()
-        tables, junctions = self.tables.tensors(), {k for k, _ in self._junctions}
-        return [value_G.new_empty(0) if k in junctions else value_G[table] for k, table in enumerate(tables)]
-
-    def of_starts(self) -> list[Tensor]:
-        """For each head the weights of its starts."""
-        value_G = self._of_ids()
-        return [value_G[ids] for ids in self.starts.tensors()]
-
-    def _of_ids(self) -> Tensor:
-        """A number for every id, and 1 behind them."""
+    def of_ids(self) -> Tensor:
+        """What walks follow: a number for every id, and 1 behind them."""
         options, value_N = self.options, self.value
         if isinstance(options, AdaptiveWalk):
-            mean_N = self._mean(value_N)
-            value_N = (torch.where(mean_N > 0, value_N / mean_N, 0.0) + options.floor) ** options.power
+            # Over its use's mean; where all are zero, the smallest number leaves them so.
+            mean_U = (self._sums(value_N) / self.sizes).clamp(min=1e-30)
+            value_N = (value_N / mean_U.index_select(0, self.use) + options.floor) ** options.power
         elif isinstance(options, LearnedWalk):
             value_N = value_N.clamp(min=options.floor) ** options.power
-        value_G = torch.ones(self._num_ids + 1, device=value_N.device).index_copy(0, self.ids, value_N.float())
+        value_G = self.ones.index_copy(0, self.ids, value_N)
         for k, base in self._junctions:
             members, shares = self.tables.get_buffer(str(k)), self.shares.get_buffer(str(k))
             value_G[base : base + len(members)] = (value_G[members] * shares).sum(1)
         return value_G
 
-    def _mean(self, value_N: Tensor) -> Tensor:
-        """The mean over the rows of each use, for every row."""
-        ones_N = torch.ones_like(value_N)
-        sum_U, size_U = (value_N.new_zeros(self._num_uses).index_add(0, self.use, x) for x in (value_N, ones_N))
-        return (sum_U / size_U)[self.use]
+    def factors(self, value_G: Tensor) -> list[Tensor]:
+        """For each station the ``(I,)`` factors of its features; of a junction, and where every walk ends, nothing."""
+        tables = self.tables.tensors()
+        return [value_G[:0] if k in self._without else value_G.index_select(0, of) for k, of in enumerate(tables)]
+
+    def of_starts(self, value_G: Tensor) -> list[Tensor]:
+        """For each head the weights of its starts."""
+        return [value_G.index_select(0, ids) for ids in self.starts.tensors()]
+
+    def _sums(self, x_N: Tensor) -> Tensor:
+        """Sums over the rows of each use, ``(U,)``."""
+        return torch.segment_reduce(x_N, "sum", lengths=self.sizes, unsafe=True)
 
     def _was_drawn(self, last: Tensor) -> Tensor:
         """1 for the rows in ``last`` and 0 for others, ``(N,)``."""
-        numbers = last[len(last) - self._num_rows :]
-        is_row = torch.arange(self._num_rows, device=last.device) < last[len(last) - self._num_rows - 1]
-        drawn = self.value.new_zeros(self._num_rows + 1).index_fill(
-            0, torch.where(is_row, numbers, self._num_rows), 1.0
-        )
-        return drawn[self.row]
+        num_rows = len(self.places)
+        numbers = last[len(last) - num_rows :]
+        is_row = self.places < last[len(last) - num_rows - 1]
+        drawn = self.value.new_zeros(num_rows + 1)
+        return drawn.index_fill_(0, torch.where(is_row, numbers, num_rows), 1.0).index_select(0, self.row)
 
 
 def observed_uses(graph: WeightGraph, kept: Sequence[str], options: RandomWalk) -> list[WeightUse]:

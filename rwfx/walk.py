@@ -126,10 +126,11 @@ class WalkSampler(RowSampler):
             )
         if self.preference is not None:
             self.preference.update(self.last)
+            value_G = self.preference.of_ids()
             if isinstance(policy, AdaptiveWalk | LearnedWalk):
-                factors = self.preference.factors()
+                factors = self.preference.factors(value_G)
             if policy.start == "gradient":
-                start_weights = self.preference.of_starts()
+                start_weights = self.preference.of_starts(value_G)
         num_paths = policy.num_paths or (None if self._scheduled else self._walks())
         *drawn, last = torch.ops.rwfx.walk.default(
             weights,

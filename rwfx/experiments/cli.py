@@ -13,9 +13,9 @@ import torch
 from rwfx.arguments import check_number
 from rwfx.experiments import accuracy
 from rwfx.experiments.data import DATA_SETS
+from rwfx.experiments.policies import overhead, variance
 from rwfx.experiments.policies import plan as policies_plan
 from rwfx.experiments.policies import run as policies
-from rwfx.experiments.policies import variance
 from rwfx.experiments.speed import run as speed
 from rwfx.experiments.speed.plan import DTYPES, PARTS, SIZES, Plan, Size, read_parts, read_size
 from rwfx.train import OPTIMIZERS
@@ -229,7 +229,9 @@ def _add_policies(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--dense-head", action="store_true", help="keep the output weight dense, whatever pays")
     command.add_argument("--data-dir", type=Path, help="folder with the data, in torchvision's layout")
     command.add_argument("--out", type=Path, default=plan.out, help=f"default: {plan.out}")
-    command.add_argument("--variance", action="store_true", help="instead: bias and variance of the gradients")
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument("--variance", action="store_true", help="instead: bias and variance of the gradients")
+    instead.add_argument("--overhead", action="store_true", help="instead: what choosing the rows takes of a step")
     _add_common(command, walks=False)
     command.set_defaults(run=_run_policies)
 
@@ -238,4 +240,5 @@ def _run_policies(options: argparse.Namespace) -> None:
     known = {column.name for column in fields(policies_plan.Plan)} - {"transform_options"}
     given = {name: getattr(options, name) for name in known}
     plan = policies_plan.Plan(**given, transform_options=_given(options, TRANSFORM_OPTIONS))
-    (variance.run if options.variance else policies.run)(plan, progress=not options.quiet)
+    run = overhead.run if options.overhead else variance.run if options.variance else policies.run
+    run(plan, progress=not options.quiet)

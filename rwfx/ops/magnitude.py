@@ -1,13 +1,12 @@
 """``rwfx::draw_by_norm``: row sets drawn by the norms of a weight's rows, with exact probabilities.
 
-In: weights, the norms as they were last computed, the state of a random stream. Out: a sorted row set per weight.
+In: weights, what the last call computed of them, the state of a random stream. Out: a sorted row set per weight.
 
 With ``K`` rows asked for, row ``r`` is in the set with probability ``p[r] = min(1, c * norm[r] ** power)``, ``c`` such
 that they add up to K. Systematic sampling has these probabilities exactly: laid end to end in random order, the ``p``
 are a line of length K, and of the points ``u, u + 1, ..., u + K - 1`` each picks the row that it falls on.
 """
 
-from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -18,14 +17,15 @@ from rwfx.ops.walk import bits, mix, read_last, uniform
 
 torch.library.define(
     "rwfx::draw_by_norm",
-    "(Tensor[] weights, Tensor norms, Tensor state, Tensor last, float power, int refresh, int[] exactly, Tensor? "
-    "budget, int resample_every) -> Tensor[]",
+    "(Tensor[] weights, Tensor chances, Tensor order, Tensor state, Tensor last, float power, int refresh, "
+    "int[] exactly, Tensor? budget, int resample_every, bool unbiased) -> Tensor[]",
 )
 
 
 def draw_by_norm(
     weights: list[Tensor],
-    norms: Tensor,
+    chances: Tensor,
+    order: Tensor,
     state: Tensor,
     last: Tensor,
     power: float,
@@ -33,53 +33,57 @@ def draw_by_norm(
     exactly: list[int],
     budget: Tensor | None,
     resample_every: int,
+    unbiased: bool,
 ) -> list[Tensor]:
     """Draw so many rows of each weight.
 
     Args:
-        weights: ``(O, ...)`` each.
-        norms: those of all rows, one weight after the other, as this call last returned them.
+        weights: ``(O, ...)`` each. chances, order: of all rows, one weight after the other: their probabilities,
+        float64, and the random order, int64,
+            as this call last returned them.
         state: ``(2,)`` int64, the stream's seed and the number of steps so far.
         last: the row sets of the last draw, as this call gave them.
-        power, refresh, resample_every: as in ``rwfx.Magnitude`` and ``rwfx.transform``.
+        power, refresh, resample_every, unbiased: as in ``rwfx.Magnitude`` and ``rwfx.transform``.
         exactly: how many rows of each weight, or empty.    budget: in its place, ``(1 + weights,)``, the first unused.
 
     Returns:
-        A row set per weight, ``(K,)`` int64; for each the inverse probabilities of its rows, ``(K,)`` float32; the
-        norms and ``last`` for next time.
+        A row set per weight, ``(K,)`` int64; if ``unbiased`` for each the inverse probabilities of its rows, ``(K,)``
+        float32; the chances, the order, and ``last`` for next time.
     """
     sizes = [len(weight) for weight in weights]
     step = int(state[1])
-    if step % refresh == 0:
-        norms = torch.cat([_row_norms(weight) for weight in weights])
-    counts = exactly if budget is None else budget[1:].tolist()
     if step % resample_every:
         rows = read_last(last, sizes)
-        counts = [len(of) for of in rows]
+        return [*rows, *_scales(rows, chances.split(sizes), unbiased), chances.clone(), order.clone(), last.clone()]
     key = mix(state[0], state[1]).to(last.device)
-    drawn, scales = [], []
-    for k, (norm_O, count) in enumerate(zip(norms.split(sizes), counts, strict=True)):
-        p_O = inclusion_probabilities(norm_O.double() ** power, count)
-        rows_K = rows[k] if step % resample_every else _systematic(p_O, count, key, 2 * k)
-        drawn.append(rows_K)
-        scales.append((1 / p_O[rows_K]).float())
-    numbered = [part + first for part, first in zip(drawn, accumulate(sizes, initial=0), strict=False)]
+    counts = exactly if budget is None else budget[1:].tolist()
+    if step % refresh == 0 or budget is not None:
+        norms = [torch.linalg.vector_norm(weight.detach().flatten(1), dim=1).double() for weight in weights]
+        chances = torch.cat([inclusion_probabilities(n**power, k) for n, k in zip(norms, counts, strict=True)])
+        order = torch.cat([bits(key, k, torch.arange(n, device=last.device)).argsort() for k, n in enumerate(sizes)])
+    else:
+        chances, order = chances.clone(), order.clone()
+    u = uniform(key, torch.tensor(len(sizes), device=last.device), torch.arange(len(sizes), device=last.device))
+    parts = zip(chances.split(sizes), order.split(sizes), u.unbind(), counts, strict=True)
+    rows = [_systematic(*part) for part in parts]
+    numbered = [part + first for part, first in zip(rows, accumulate(sizes, initial=0), strict=False)]
     bounds = torch.tensor([*accumulate(counts, initial=0)], device=last.device)
     next_ = torch.cat([bounds, *numbered, last.new_zeros(sum(sizes) - sum(counts))])
-    return [*drawn, *scales, norms.clone(), next_]
+    return [*rows, *_scales(rows, chances.split(sizes), unbiased), chances, order, next_]
 
 
 torch.library.impl("rwfx::draw_by_norm", "default", draw_by_norm)
 
 
 @torch.library.register_fake("rwfx::draw_by_norm")
-def _(weights, norms, state, last, power, refresh, exactly, budget, resample_every):
-    counts: Sequence = exactly or [
-        allocate_size(torch.library.get_ctx()._shape_env, 1, len(weight)) for weight in weights
-    ]
+def _(weights, chances, order, state, last, power, refresh, exactly, budget, resample_every, unbiased):
+    counts = exactly
+    if budget is not None:
+        shape_env = torch.library.get_ctx()._shape_env
+        counts = [allocate_size(shape_env, 1, len(weight)) for weight in weights]
     rows = [last.new_empty((count,)) for count in counts]
-    scales = [last.new_empty((count,), dtype=torch.float32) for count in counts]
-    return [*rows, *scales, torch.empty_like(norms), torch.empty_like(last)]
+    scales = [last.new_empty((count,), dtype=torch.float32) for count in counts] if unbiased else []
+    return [*rows, *scales, torch.empty_like(chances), torch.empty_like(order), torch.empty_like(last)]
 
 
 def inclusion_probabilities(size_O: Tensor, count: int) -> Tensor:
@@ -98,13 +102,12 @@ def inclusion_probabilities(size_O: Tensor, count: int) -> Tensor:
     return (size_O * ((count - fixed) / rest_O[fixed])).clamp(max=1)
 
 
-def _systematic(p_O: Tensor, count: int, key: Tensor, stream: int) -> Tensor:
-    order_O = bits(key, stream, torch.arange(len(p_O), device=p_O.device)).argsort()
+def _systematic(p_O: Tensor, order_O: Tensor, u: Tensor, count: int) -> Tensor:
     ends_O = p_O[order_O].cumsum(0)
-    u = uniform(key, torch.tensor(stream + 1, device=p_O.device), torch.tensor(0, device=p_O.device))
+    # Rounding can carry the line's end a little past K, or short of it.
     points_K = (torch.arange(count, device=p_O.device) + u) * (ends_O[-1] / count)
     return order_O[torch.searchsorted(ends_O, points_K, right=True).clamp(max=len(p_O) - 1)].sort().values
 
 
-def _row_norms(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight.detach().flatten(1), dim=1).float()
+def _scales(rows: list[Tensor], chances: tuple[Tensor, ...], unbiased: bool) -> list[Tensor]:
+    return [(1 / p_O[rows_K]).float() for p_O, rows_K in zip(chances, rows, strict=True)] if unbiased else []
