@@ -109,7 +109,9 @@ def gradients(model, x):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"grad": "rows"}, {"density": {"*": 0.5}}, {"example_inputs": torch.ones(2, 8)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"grad": "rows"}, {"density": {"*": 0.5}}, {"example_inputs": torch.ones(2, 8)}]
+)
 def test_a_model_too_small_to_pay_trains_densely_and_says_so(options):
     model = mlp(8, 16, 16, 4)
     small = transformed_densely(model, **options)

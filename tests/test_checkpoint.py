@@ -162,7 +162,12 @@ def test_a_torch_file_that_is_no_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "options", "loader", "words"),
     [
-        ("rw_sparse", {}, own_order, r"mode is 'rw_sparse' here and 'full' in the file.*num_paths is 3 here"),
+        (
+            "rw_sparse",
+            {},
+            own_order,
+            ("rw_sparse", {}, own_order, r"mode is 'rw_sparse' here and 'full' in the file.*num_paths=3\)' here"),
+        ),
         ("full", {"lr": 0.5}, own_order, r"lr is 0\.5 here and 0\.01 in the file"),
         (
             "full",
@@ -195,7 +200,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_entry_that_differs(ch
 def test_another_number_of_paths_is_another_run(tmp_path):
     make_trainer("rw_sparse", tmp_path / "run.pt", epochs=1).fit(own_order())
     other = RandomWalkTrainer(nn.Linear(6, 3), num_paths=4, lr=0.01, checkpoint=tmp_path / "run.pt", progress=False)
-    with pytest.raises(ValueError, match="num_paths is 4 here and 3 in the file"):
+    with pytest.raises(ValueError, match=r"num_paths=4\)' here and 'RandomWalk\(num_paths=3\)' in the file"):
         other.fit(own_order(), resume=True)
 
 

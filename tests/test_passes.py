@@ -9,7 +9,7 @@ from zoo import ZOO, Products, make
 
 from rwfx.capture import capture
 from rwfx.passes.normalize import normalize
-from rwfx.passes.sample_rows import sample_rows
+from rwfx.passes.sample_rows import RowNodes, sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.verify import verify
 from rwfx.policies import RandomWalk
@@ -58,7 +58,7 @@ def test_sample_rows_and_sparse_backward_before_and_after(rules):
     gm = normalize(gm)
     sampler = WalkSampler(graph_of(gm, found), ["2.weight"], 0, RandomWalk(2))
     sampled, rows = sample_rows(gm, sampler)
-    assert rows == {"2.weight": "rows_2_weight"}
+    assert rows == {"2.weight": RowNodes("rows_2_weight")}
     drawn = [
         "input_1 = input",
         '_0_weight_1 = getattr(self, "0").weight',

@@ -156,7 +156,7 @@ def test_the_sampler_alone_draws_anew_and_a_sparse_turn_tells_what_it_kept(tmp_p
 def test_options_of_transform_reach_every_sparse_contender(tmp_path):
     asked = plan(tmp_path, walk_options={"min_rows": 3}, masked=True)
     networks = [one.network for one in contenders(asked, SMALL) if one.num_paths is not None]
-    assert {network.settings["min_rows"] for network in networks} == {3}
+    assert {network.settings["rows"].min_rows for network in networks} == {3}
 
 
 def turns_of(kind, times, num_paths=None, compiled=False, kept=None, batch_size=8):

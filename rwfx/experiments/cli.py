@@ -226,7 +226,6 @@ def _add_policies(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--seeds", type=int, default=plan.seeds, help="how many, counted from 0 (default: 3)")
     command.add_argument("--batch-size", type=int, default=plan.batch_size, help=f"default: {plan.batch_size}")
     command.add_argument("--evaluations", type=int, default=plan.evaluations, help="of a final run (default: 20)")
-    command.add_argument("--dense-head", action="store_true", help="keep the output weight dense, whatever pays")
     command.add_argument("--data-dir", type=Path, help="folder with the data, in torchvision's layout")
     command.add_argument("--out", type=Path, default=plan.out, help=f"default: {plan.out}")
     instead = command.add_mutually_exclusive_group()

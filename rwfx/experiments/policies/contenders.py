@@ -87,19 +87,14 @@ def trainer_of(
     options: dict[str, Any] = {"epochs": epochs, "seed": seed, "progress": False}
     if contender.density is None:
         return RandomWalkTrainer(network, "full", **options)
-    options |= {"rows": POLICIES[contender.kind](contender.density, steps), **transform_options(plan, network, inputs)}
+    options |= {"rows": POLICIES[contender.kind](contender.density, steps), **transform_options(plan, inputs)}
     return RandomWalkTrainer(network, "rw_sparse", **options)
 
 
-def transform_options(plan: Plan, network: nn.Module, inputs: Tensor) -> dict[str, Any]:
+def transform_options(plan: Plan, inputs: Tensor) -> dict[str, Any]:
     """The arguments of ``rwfx.transform`` besides the policy."""
-    dense = [_head(network)] if plan.dense_head else []
-    return {"example_inputs": (inputs,), "dense": dense, **plan.transform_options}
+    return {"example_inputs": (inputs,), **plan.transform_options}
 
 
 def _dense_first(density: float, steps: int) -> DenseFirst:
     return DenseFirst(max(1, round(FIRST * steps)), density)
-
-
-def _head(network: nn.Module) -> str:
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]

@@ -42,8 +42,6 @@ class Plan:
     hidden: tuple[int, ...] = (512, 512)
     evaluations: int = 20
     """Evaluations of a final run, at ends of its turns."""
-    dense_head: bool = False
-    """Whether the output weight of every sparse contender stays dense; else the break-even decides."""
     data_dir: Path | None = None
     device: str = "cpu"
     transform_options: dict[str, Any] = field(default_factory=dict)

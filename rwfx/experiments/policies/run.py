@@ -157,11 +157,9 @@ def _steps(plan: Plan, task: Task) -> int:
 
 
 def _about(plan: Plan) -> str:
-    options = {**plan.transform_options, "dense_head": plan.dense_head}
+    options = "".join(f", {name} {value}" for name, value in plan.transform_options.items())
     found = {
-        "run": f"{', '.join(plan.tasks)}; "
-        + ", ".join(f"{name} {value}" for name, value in options.items())
-        + ", eager",
+        "run": f"{', '.join(plan.tasks)}; batch {plan.batch_size}, {plan.seeds} seeds, eager{options}",
         **conditions(plan.device),
     }
     return f"## What the columns mean\n\n{legend(plan)}\n\n## Conditions\n\n{as_markdown(found)}"

@@ -88,7 +88,7 @@ def measure_task(plan: Plan, task: Task, bar: tqdm) -> Iterator[Line]:
     batch = task.split.train.inputs[: plan.batch_size], task.split.train.target[: plan.batch_size]
     dense = gradients(copy.deepcopy(network), *batch)
     widest = max(module.out_features for module in network.modules() if isinstance(module, nn.Linear))
-    options = transform_options(plan, network, batch[0])
+    options = transform_options(plan, batch[0])
     for density in sorted(plan.densities):
         for policy in estimators(density, widest):
             sparse = transform(copy.deepcopy(network), rows=policy, seed=0, **options)
