@@ -166,7 +166,7 @@ def test_a_torch_file_that_is_no_checkpoint_is_refused(tmp_path):
             "rw_sparse",
             {},
             own_order,
-            ("rw_sparse", {}, own_order, r"mode is 'rw_sparse' here and 'full' in the file.*num_paths=3\)' here"),
+            r"mode is 'rw_sparse' here and 'full' in the file.*num_paths=3\)' here",
         ),
         ("full", {"lr": 0.5}, own_order, r"lr is 0\.5 here and 0\.01 in the file"),
         (
