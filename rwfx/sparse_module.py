@@ -64,6 +64,11 @@ class SparseModule(GraphModule):
         """
         self._sampler.load_sampler_state(state)
 
+    @property
+    def starts_at_labels(self) -> bool:
+        """Whether walks start at the labels given to ``start_from``."""
+        return isinstance(self._sampler, WalkSampler) and self._sampler.starts_at_labels
+
     def start_from(self, labels: Tensor) -> None:
         """Let the walks of the next training forward start at the output rows that ``labels`` name.
 

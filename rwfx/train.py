@@ -252,6 +252,8 @@ class RandomWalkTrainer:
         *inputs, target = _tensors(batch, self.device)
         self.network.train()
         started = self._clock()
+        if isinstance(self.network, SparseModule) and self.network.starts_at_labels:
+            self.network.start_from(target)
         self.optimizer.zero_grad()
         loss = self.loss_fn(self._stepped(*inputs), target)
         loss.backward()

@@ -105,7 +105,8 @@ class WalkSampler(RowSampler):
         self._tables = Buffers(tables)
         self._starts = Buffers(graph.heads.values())
         self.preference = None
-        follows = isinstance(policy, AdaptiveWalk | LearnedWalk) or policy.start == "gradient"
+        self._from_gradient = isinstance(policy.start, str) and policy.start == "gradient"
+        follows = isinstance(policy, AdaptiveWalk | LearnedWalk) or self._from_gradient
         if follows and observed_uses(graph, kept, policy):
             self.preference = Preference(graph, kept, policy)
             seen = tuple(f"preference.seen.{k}" for k in range(len(self.preference.calls)))
@@ -113,7 +114,9 @@ class WalkSampler(RowSampler):
         elif follows:
             self.notes = ('start="gradient" needs an output weight that is row-sparse; here walks start uniformly',)
         self._start_weights = Buffers(_start_weights(graph, policy))
-        self._labelled = policy.start != "labels"
+        # A mapping or a tensor of weights is not compared with a word.
+        self.starts_at_labels = isinstance(policy.start, str) and policy.start == "labels"
+        self._labelled = not self.starts_at_labels
 
     def draw(self, *weights: Tensor) -> list[Tensor]:
         """Row sets by walks over ``weights``."""
@@ -129,7 +132,7 @@ class WalkSampler(RowSampler):
             value_G = self.preference.of_ids()
             if isinstance(policy, AdaptiveWalk | LearnedWalk):
                 factors = self.preference.factors(value_G)
-            if policy.start == "gradient":
+            if self._from_gradient:
                 start_weights = self.preference.of_starts(value_G)
         num_paths = policy.num_paths or (None if self._scheduled else self._walks())
         *drawn, last = torch.ops.rwfx.walk.default(
@@ -162,7 +165,7 @@ class WalkSampler(RowSampler):
             ValueError: the policy has another ``start``, there are several output weights, or a label is no row of the
                 output weight; nothing is changed then.
         """
-        if self.policy.start != "labels":
+        if not self.starts_at_labels:
             raise ValueError(f'start_from is for start="labels"; these walks have start={self.policy.start!r}.')
         (weights,) = self._start_weights.tensors()
         if labels.is_floating_point() or labels.dtype == torch.bool:
@@ -223,7 +226,7 @@ PATHS = 50
 def _start_weights(graph: WeightGraph, policy: RandomWalk) -> list[Tensor]:
     """The weights of the starts at each head, where the policy gives them or ``start_from`` will."""
     names = {station: use.weight for station, use in enumerate(graph.stations) if isinstance(use, WeightUse)}
-    if policy.start == "labels":
+    if isinstance(policy.start, str) and policy.start == "labels":
         if len(graph.heads) > 1:
             heads = ", ".join(names[station] for station in graph.heads)
             raise ValueError(f'start="labels" needs one output weight, and this model has {len(graph.heads)}: {heads}.')

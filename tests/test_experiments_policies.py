@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+import rwfx
+from rwfx import AdaptiveWalk, LearnedWalk, TopK
 from rwfx.experiments.cli import main
 from rwfx.experiments.data import TEXT, load, load_text, windows
 from rwfx.experiments.models import character_mlp, mlp
-from rwfx.experiments.policies import run, tuning, variance
+from rwfx.experiments.policies import overhead, run, tuning, variance
 from rwfx.experiments.policies.contenders import DENSE, POLICIES, Contender, contenders
 from rwfx.experiments.policies.plan import Plan
 from rwfx.experiments.policies.report import table
@@ -575,3 +577,29 @@ def test_the_variance_of_networks_where_nothing_is_sparse_is_refused(tmp_path, c
     monkeypatch.setattr(variance, "measure_task", lambda *_: [])
     assert main(["policies", *SMALL, "--out", str(tmp_path), "--variance"]) == 2
     assert "no row-sparse backward would pay" in capsys.readouterr().err
+
+
+# --- What choosing takes
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_overhead_of_every_policy_is_measured_beside_its_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(overhead, "ROUNDS", 2)
+    plain = [name for name in POLICIES if "+" not in name]
+    given = plan(tmp_path, policies=tuple(POLICIES), densities=(0.25,), hidden=(48, 32))
+    lines = overhead.run(given, progress=False)
+    assert [line.policy for line in lines] == plain
+    assert all(line.choosing > 0 and line.share.least > 0 and line.times_dense.least > 0 for line in lines)
+    assert "784-48-32-10" in capsys.readouterr().out
+    assert (tmp_path / "overhead.md").exists()
+    assert len((tmp_path / "overhead.csv").read_text().splitlines()) == 1 + len(plain)
+
+
+def test_choosing_leaves_in_the_buffers_what_a_step_leaves_there(tmp_path):
+    for policy in (TopK(0.25), AdaptiveWalk(density=0.25), LearnedWalk(density=0.25)):
+        sparse = rwfx.transform(mlp((64, 24, 16, 10), 0), rows=policy, seed=0)
+        overhead.choosing(sparse, 8)()
+        state = sparse.sampler_state()
+        noted = [value for name, value in state.items() if "seen" in name or "chosen" in name]
+        assert len(noted) == 2
+        assert all(value.count_nonzero() for value in noted)

@@ -340,6 +340,27 @@ def test_walks_start_at_the_labels():
     assert counts[1] > counts[4] > 0
 
 
+def test_new_labels_are_no_new_compilation():
+    sparse = transformed(mlp(6, 8, 5), RandomWalk(2, start="labels", min_rows=0))
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+        for labels in ([1], [3, 3], [0, 0, 0]):
+            sparse.start_from(torch.tensor(labels))
+            compiled(torch.randn(2, 6, dtype=torch.float64)).sum().backward()
+            assert sparse.rows["2.weight"].tolist() == labels[:1]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_trainer_starts_walks_at_the_targets_of_its_batches():
+    model = mlp(6, 8, 5).float()
+    walk = RandomWalk(3, start="labels", min_rows=0)
+    trainer = rwfx.RandomWalkTrainer(model, rows=walk, break_even=False, progress=False)
+    for target in (2, 4):
+        trainer.fit([(torch.randn(7, 6), torch.full((7,), target))])
+        assert trainer.network.rows["2.weight"].tolist() == [target]
+
+
 @pytest.mark.parametrize("labels", [torch.tensor([5]), torch.tensor([-1]), torch.tensor([1.0]), torch.tensor([True])])
 def test_labels_outside_the_output_weight_are_refused_and_nothing_changes(labels):
     sparse = transformed(mlp(6, 8, 5), RandomWalk(2, start="labels"))
