@@ -3,7 +3,11 @@
 In and out: as for every ``RowSampler``; ``rwfx.policies`` gives the equations.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +174,27 @@ def sampler_of(
         ValueError: the policy does not go with this model.
     """
     (kind,) = (sampler for of, sampler in SAMPLERS.items() if isinstance(policy, of))
-    return kind(graph, kept, seed, policy, densities, resample_every)  # type: ignore[arg-type]
+    sampler = kind(graph, kept, seed, policy, densities, resample_every)  # type: ignore[arg-type]
+    sampler.fingerprint = zlib.crc32(b"".join(_words(policy)))
+    return sampler
+
+
+def _words(of: Any) -> Iterator[bytes]:
+    """What tells a policy from others, in every process alike: its fields, whole tensors, and a function's code."""
+    if isinstance(of, Tensor):
+        yield of.detach().cpu().double().numpy().tobytes()
+    elif is_dataclass(of):
+        yield type(of).__name__.encode()
+        for column in fields(of):
+            yield from _words(getattr(of, column.name))
+    elif isinstance(of, Mapping):
+        for name, value in of.items():
+            yield repr(name).encode()
+            yield from _words(value)
+    elif (code := getattr(of, "__code__", None)) is not None:
+        yield code.co_code + repr([c for c in code.co_consts if not hasattr(c, "co_code")]).encode()
+    else:
+        yield re.sub(r" at 0x[0-9a-f]+", "", repr(of)).encode()
 
 
 def _check_passed_once(graph: WeightGraph, kept: Sequence[str], policy: Uniform | Magnitude) -> None:

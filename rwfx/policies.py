@@ -54,7 +54,7 @@ class RandomWalk(_Worded):
             many as the largest row set.
         density: every row set then has so many rows: those that the first walks come by, and where the walks visit
             fewer, others as well, uniformly without replacement.
-        temperature: above 0; towards 0 a walk takes the largest weight, at infinity any.
+        temperature: above 0; towards 0 a walk takes the largest weight, and the higher it is the more it takes any.
         epsilon: from 0 to 1, the probability of a uniform step.
         min_rows: a row set with fewer rows is filled up to so many, uniformly without replacement.
         start: at which rows of an output weight walks start. ``"uniform"``; ``"gradient"``, in proportion to the last
@@ -87,9 +87,17 @@ class RandomWalk(_Worded):
         check_number("temperature", self.temperature, Real, 0, above=True)
         check_number("epsilon", self.epsilon, Real, 0, 1)
         check_number("min_rows", self.min_rows, Integral, 0)
-        if isinstance(self.start, str) and self.start not in STARTS:
+        if self.start is None or (isinstance(self.start, str) and self.start not in STARTS):
             raise ValueError(
                 f"start must be one of {', '.join(map(repr, STARTS))} or weights per row, got {self.start!r}."
+            )
+        _check_flag("unbiased", self.unbiased)
+        floored = isinstance(self, AdaptiveWalk | LearnedWalk)
+        if self.unbiased and isinstance(self.start, str) and not (self.start == "uniform" or floored):
+            raise ValueError(
+                f"unbiased=True with start={self.start!r}: a row at which no walk can start would never have a "
+                "gradient. "
+                'Use start="uniform", or weights that are all above zero.'
             )
         if self.unbiased and (self.density is not None or self.min_rows > 1):
             raise ValueError(
@@ -154,7 +162,7 @@ class LearnedWalk(RandomWalk):
 
     Args:
         rate, forget: from 0 to 1.    optimism: above 0; useful rows have ``u = 1`` on average.
-        power, floor: as for ``AdaptiveWalk``.
+        power, floor: as for ``AdaptiveWalk``; ``start="gradient"`` here follows ``max(q, floor) ** power``.
 
     Source: R. Sutton & A. Barto, *Reinforcement Learning*, 2nd ed., 2018: constant step size (equation 2.5) and
     optimistic initial values (section 2.6). Forgetting towards the optimistic value is this library's own.
@@ -208,6 +216,7 @@ class Uniform(_Worded):
 
     def __post_init__(self) -> None:
         check_densities(self.density)
+        _check_flag("unbiased", self.unbiased)
 
 
 @dataclass(frozen=True, repr=False)
@@ -236,8 +245,14 @@ class Magnitude(_Worded):
 
     def __post_init__(self) -> None:
         check_densities(self.density)
+        _check_flag("unbiased", self.unbiased)
         check_number("power", self.power, Real, 0)
         check_number("refresh", self.refresh, Integral, 1)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 Policy = RandomWalk | TopK | Uniform | Magnitude

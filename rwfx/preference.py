@@ -29,6 +29,7 @@ class Preference(KeepsTypes):
     sizes: Tensor
     places: Tensor
     ones: Tensor
+    taken: Tensor
     value: Tensor
 
     def __init__(self, graph: WeightGraph, kept: Sequence[str], options: RandomWalk) -> None:
@@ -47,6 +48,7 @@ class Preference(KeepsTypes):
             "sizes": sizes,
             "places": torch.arange(sum(map(graph.rows, kept))),
             "ones": torch.ones(len(graph) + 1),
+            "taken": torch.zeros(int(sizes.sum())),
             "value": torch.full((int(sizes.sum()),), options.optimism if isinstance(options, LearnedWalk) else 0.0),
         }
         for name, tensor in constants.items():
@@ -65,16 +67,21 @@ class Preference(KeepsTypes):
     def update(self, last: Tensor) -> None:
         """Take in what was seen of the last step, whose row sets are ``last``."""
         options = self.options
-        seen_N = torch.cat(self.seen.tensors())
+        # A backward pass that overflowed tells nothing of its rows, and is not to be remembered.
+        seen_N = torch.cat(self.seen.tensors()).nan_to_num(0.0, 0.0, 0.0)
+        # Only what a backward pass has written since: not every forward pass has one.
+        new_U = self._sums((seen_N != self.taken).float()) > 0
+        new_N = new_U.float().index_select(0, self.use)
+        self.taken.copy_(seen_N)
         if isinstance(options, AdaptiveWalk):
-            self.value.mul_(options.memory).add_(seen_N, alpha=1 - options.memory)
+            self.value.lerp_(seen_N, (1 - options.memory) * new_N)
         elif isinstance(options, LearnedWalk):
             drawn_N = self._was_drawn(last)
             mean_U = self._sums(seen_N * drawn_N) / self._sums(drawn_N).clamp(min=1)
             usefulness_N = seen_N / mean_U.clamp(min=1e-30).index_select(0, self.use)
             # To the usefulness of a row that was drawn, to optimism of another.
             towards_N = (usefulness_N - options.optimism) * drawn_N + options.optimism
-            self.value.lerp_(towards_N, drawn_N * (options.rate - options.forget) + options.forget)
+            self.value.lerp_(towards_N, (drawn_N * (options.rate - options.forget) + options.forget) * new_N)
         else:
             self.value.copy_(seen_N)
 
@@ -84,9 +91,12 @@ class Preference(KeepsTypes):
         if isinstance(options, AdaptiveWalk):
             # Over its use's mean; where all are zero, the smallest number leaves them so.
             mean_U = (self._sums(value_N) / self.sizes).clamp(min=1e-30)
-            value_N = (value_N / mean_U.index_select(0, self.use) + options.floor) ** options.power
+            value_N = value_N / mean_U.index_select(0, self.use) + options.floor
         elif isinstance(options, LearnedWalk):
-            value_N = value_N.clamp(min=options.floor) ** options.power
+            value_N = value_N.clamp(min=options.floor)
+        if isinstance(options, AdaptiveWalk | LearnedWalk):
+            # As large as the power of it can be without an infinity, and sums of that.
+            value_N = value_N.clamp(max=1e30 ** (1 / max(options.power, 1))) ** options.power
         value_G = self.ones.index_copy(0, self.ids, value_N)
         for k, base in self._junctions:
             members, shares = self.tables.get_buffer(str(k)), self.shares.get_buffer(str(k))

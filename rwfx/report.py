@@ -136,7 +136,7 @@ class Report:
                 f"({flops.share:.1%}); backward {flops.backward // 2:,} of {flops.dense_backward // 2:,}"
             )
         elif self.sparse:
-            text.append("no training forward yet: no rows drawn")
+            text.append("no training step yet: no rows drawn")
         where = "in the backward pass" if isinstance(self.policy, TopK) else "before the forward pass"
         text.append(f"rows: {self.policy}, chosen {where}")
         if self.predicted:

@@ -21,10 +21,12 @@ class KeepsTypes(nn.Module):
     theirs."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsTypes":
-        types = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        for name, dtype in types.items():
-            self._buffers[name] = self.get_buffer(name).to(dtype)
+        for name, buffer in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != buffer.dtype:  # not there and back, which would round it
+                self._buffers[name] = buffer.to(after.device)
         return self
 
 
@@ -36,8 +38,8 @@ class RowSampler(KeepsTypes):
     drawn, and what is returned is empty.
 
     It has no entries in a ``state_dict``, so that a transformed model's are those of its original; what a resumed run
-    needs is in ``sampler_state``: the seed and the number of steps in ``state``, the last draw in ``last``, and what
-    the names of ``remembered`` hold.
+    needs is in ``sampler_state``: the seed and the number of steps in ``state``, the last draw in ``last``, what the
+    names of ``remembered`` hold, and in ``policy`` the ``fingerprint`` by which the state of another policy is known.
     """
 
     state: Tensor
@@ -46,6 +48,7 @@ class RowSampler(KeepsTypes):
     remembered: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     num_paths = 0
+    fingerprint = 0
 
     def __init__(
         self,
@@ -93,13 +96,15 @@ class RowSampler(KeepsTypes):
 
     def expected_rows(self, weights: Sequence[Tensor] = ()) -> dict[str, float]:
         """How many rows a step is expected to keep of each weight; of a schedule, where it keeps the fewest."""
-        steps = (0, *(10**k for k in range(7)))
+        # Many, and such that no schedule of a short period has the same density at all of them.
+        steps = [*range(12), *(10**k + more for k in range(1, 7) for more in (1, 3, 7))]
         counts = [self._counts(step) for step in steps]
         return {name: float(min(of)) for name, of in zip(self.kept, zip(*counts, strict=True), strict=True)}
 
     def sampler_state(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on with the same draws."""
-        return {name: self._buffer(name).detach().cpu().clone() for name in ("state", "last", *self.remembered)}
+        found = {name: self._buffer(name).detach().cpu().clone() for name in ("state", "last", *self.remembered)}
+        return {"policy": torch.tensor(self.fingerprint), **found}
 
     def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where ``sampler_state`` was taken.
@@ -108,6 +113,11 @@ class RowSampler(KeepsTypes):
             ValueError: the state is that of another model or is incomplete; nothing is changed then.
         """
         own = self.sampler_state()
+        another = "policy" in state and not torch.equal(state["policy"], own["policy"])
+        if another or state.keys() - own.keys():
+            raise ValueError(
+                "the sampler state was saved with another row policy, or another density, schedule or start of it."
+            )
         for name, tensor in own.items():
             given = state.get(name)
             if not isinstance(given, Tensor) or given.shape != tensor.shape or given.dtype != tensor.dtype:
@@ -118,7 +128,7 @@ class RowSampler(KeepsTypes):
                 )
         if not self._could_draw(state["last"]):
             raise ValueError("sampler state 'last' holds rows that this model does not have: it is another model's.")
-        for name in own:
+        for name in own.keys() - {"policy"}:
             self._buffer(name).copy_(state[name])
 
     @property
@@ -143,7 +153,7 @@ class RowSampler(KeepsTypes):
             return None
         sizes = torch.tensor(self.sizes)
         density = torch.stack([density_at(of, self.state[1]) for of in self._densities])
-        counts = (density * sizes - ROUNDING).ceil().long().maximum(torch.tensor(self._least)).minimum(sizes)
+        counts = (density * sizes * (1 - ROUNDING)).ceil().long().maximum(torch.tensor(self._least)).minimum(sizes)
         walks = WALKS_A_ROW * counts.amax() if num_paths is None else torch.tensor(num_paths)
         return torch.cat([torch.where((counts == sizes).all(), 0, walks)[None], counts])
 
@@ -161,12 +171,12 @@ class RowSampler(KeepsTypes):
 WALKS_A_ROW = 4
 """So many walks find most of the rows that they would ever come by."""
 
-ROUNDING = 1e-9  # what a decimal loses in binary: 0.07 of 100 rows are 7
+ROUNDING = 3e-7  # what a decimal loses in binary, up to float32: 0.07 of 100 rows are 7
 
 
 def rows_kept(density: float | Schedule, size: int, least: int, step: int = 0) -> int:
     """How many rows the set of a weight with ``size`` rows has at ``step``."""
-    return min(max(ceil(float(density_at(density, torch.tensor(step))) * size - ROUNDING), least), size)
+    return min(max(ceil(float(density_at(density, torch.tensor(step))) * size * (1 - ROUNDING)), least), size)
 
 
 class Buffers(KeepsTypes):

@@ -7,8 +7,9 @@ to a row policy in place of a number:
 
 A density of 1 keeps every row: that step is dense. Any function of the step will do that works on a tensor, by
 arithmetic and ``torch.where`` and without a branch, such as ``lambda step: 0.5 * 0.999**step + 0.05``: it becomes a
-part of the compiled graph, so that another density is no new compilation. The step is counted by the transformed
-model, with any loop around it, and is a part of its ``sampler_state``.
+part of the compiled graph, so that another density is no new compilation. Should it leave the range, the nearest
+density in it counts. The step is counted by the transformed model, with any loop around it, and is a part of its
+``sampler_state``.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,6 +71,8 @@ class Steps:
 
     def __post_init__(self) -> None:
         check_density("start", self.start)
+        if not isinstance(self.then, Mapping):
+            raise TypeError(f"then must map steps to densities, got {self.then!r}.")
         for step, density in self.then.items():
             check_number("a step of then", step, Integral, 1)
             check_density(f"then[{step}]", density)
@@ -119,7 +122,7 @@ class DenseEvery:
 def density_at(density: "float | Schedule", step: Any) -> Tensor:
     """The density that a number or a schedule gives at ``step``, a float64 tensor without dimensions."""
     at_step = density(step) if callable(density) else density
-    return torch.as_tensor(at_step, dtype=torch.float64)
+    return torch.as_tensor(at_step, dtype=torch.float64).reshape(())
 
 
 def check_density(name: str, density: Any) -> None:

@@ -49,6 +49,8 @@ class SparseModule(GraphModule):
         """What was rewritten, what stayed dense and why, and the cost of the last step against dense."""
         drawn = bool(self._sampler.state[1])
         kept = {name: len(rows) for name, rows in self.rows.items()} if drawn else {}
+        if not any(kept.values()):  # TopK chooses in the backward pass, which has not been
+            kept = {}
         settings = self.settings
         return Report(self.lines, settings["mode"], settings["dx"], settings["rows"], kept, self.notes)
 
@@ -72,7 +74,8 @@ class SparseModule(GraphModule):
     def start_from(self, labels: Tensor) -> None:
         """Let the walks of the next training forward start at the output rows that ``labels`` name.
 
-        For ``RandomWalk(start="labels")`` and its kin; ``labels``: whole numbers of any shape, each starts in
+        And of those after it, until other labels are given. For ``RandomWalk(start="labels")`` and its kin; ``labels``:
+        whole numbers of any shape, each starts in
         proportion to how often it is there.
 
         Raises:

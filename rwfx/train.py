@@ -38,6 +38,9 @@ from rwfx.transform import transform
 MODES = {"rw_sparse": "sparse", "rw_masked": "masked", "full": None}
 """The trainer's modes, and the ``mode`` of ``rwfx.transform`` that each one trains with."""
 
+IGNORED = -100
+"""The target that ``F.cross_entropy`` leaves out."""
+
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 """The optimizers that go by a name, in ``rwfx.optim`` and ``torch.optim`` alike."""
 
@@ -253,7 +256,7 @@ class RandomWalkTrainer:
         self.network.train()
         started = self._clock()
         if isinstance(self.network, SparseModule) and self.network.starts_at_labels:
-            self.network.start_from(target)
+            self.network.start_from(target[target != IGNORED])
         self.optimizer.zero_grad()
         loss = self.loss_fn(self._stepped(*inputs), target)
         loss.backward()

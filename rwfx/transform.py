@@ -59,8 +59,8 @@ def transform(
         num_paths, density: short for ``rows=rwfx.RandomWalk(num_paths, density)``: 50 walks a step by default. With a
             density, above 0 and at most 1, every row set has that share of its weight's rows, rounded up: no shape
             changes from step to step and nothing is read back from a GPU, as CUDA graphs need
-            (``torch.compile(mode="reduce-overhead")``). A schedule or a mapping by names will do as well; see
-            ``rwfx.policies``.
+            (``torch.compile(mode="reduce-overhead")``; but of ``Magnitude`` the probabilities). A schedule or a
+            mapping by names will do as well; see ``rwfx.policies``.
         rows: how the rows of a step are chosen: ``rwfx.RandomWalk``, ``AdaptiveWalk``, ``LearnedWalk``, ``TopK``,
             ``Uniform`` or ``Magnitude``.
         dense: names of weights or modules that stay dense; ``*`` and ``?`` match any letters (``"head.*"``).

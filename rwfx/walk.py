@@ -110,10 +110,12 @@ class WalkSampler(RowSampler):
         if follows and observed_uses(graph, kept, policy):
             self.preference = Preference(graph, kept, policy)
             seen = tuple(f"preference.seen.{k}" for k in range(len(self.preference.calls)))
-            self.remembered = ("preference.value", *seen)
-        elif follows:
+            self.remembered = ("preference.value", "preference.taken", *seen)
+        if self._from_gradient and not any(graph.stations[head].weight in kept for head in graph.heads):  # type: ignore[union-attr]
             self.notes = ('start="gradient" needs an output weight that is row-sparse; here walks start uniformly',)
         self._start_weights = Buffers(_start_weights(graph, policy))
+        if policy.unbiased and any((weights == 0).any() for weights in self._start_weights.tensors()):
+            raise ValueError("unbiased=True needs start weights above zero: other rows would never have a gradient.")
         # A mapping or a tensor of weights is not compared with a word.
         self.starts_at_labels = isinstance(policy.start, str) and policy.start == "labels"
         self._labelled = not self.starts_at_labels
@@ -168,6 +170,7 @@ class WalkSampler(RowSampler):
         if not self.starts_at_labels:
             raise ValueError(f'start_from is for start="labels"; these walks have start={self.policy.start!r}.')
         (weights,) = self._start_weights.tensors()
+        labels = torch.as_tensor(labels)
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"labels must be whole numbers, got {labels.dtype}.")
         flat = labels.detach().flatten().long()

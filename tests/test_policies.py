@@ -519,3 +519,121 @@ def test_the_report_says_how_rows_are_chosen_and_where():
     assert "rows: AdaptiveWalk(num_paths=3" in before
     assert "before the forward pass" in before
     assert "rows: TopK(density=0.5), chosen in the backward pass" in within
+
+
+# --- What a policy remembers
+
+
+@pytest.mark.parametrize("policy", [AdaptiveWalk(4), LearnedWalk(4)], ids=["adaptive", "learned"])
+def test_a_backward_pass_that_overflowed_is_not_remembered(policy):
+    model = mlp(6, 8, 7, 3)
+    sparse = transformed(model, policy)
+    for loss_scale in (1.0, float("inf"), float("nan"), 1.0):
+        (sparse(torch.randn(4, 6, dtype=torch.float64)).square().sum() * loss_scale).backward()
+    sparse(torch.randn(4, 6, dtype=torch.float64))
+    assert sparse.sampler_state()["preference.value"].isfinite().all()
+
+
+@pytest.mark.parametrize("policy", [AdaptiveWalk(4), LearnedWalk(4)], ids=["adaptive", "learned"])
+def test_a_forward_without_a_backward_teaches_nothing(policy):
+    sparse = transformed(mlp(6, 8, 7, 3), policy)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    sparse(x).square().sum().backward()
+    sparse(x)
+    learned = sparse.sampler_state()["preference.value"]
+    for _ in range(5):
+        sparse(x)
+    assert_close(sparse.sampler_state()["preference.value"], learned, rtol=0, atol=0)
+    sparse(x).square().sum().backward()
+    sparse(x)
+    assert not torch.equal(sparse.sampler_state()["preference.value"], learned)
+
+
+def test_half_a_models_precision_is_not_half_the_samplers():
+    start = torch.tensor([1e5, 1e-9, 3, 2, 1])
+    sparse = transformed(mlp(6, 8, 5), AdaptiveWalk(2, start=start)).half().double()
+    assert_close(sparse.row_sampler._start_weights.tensors()[0], start, rtol=0, atol=0)
+
+
+OTHERS = {
+    "power": (Magnitude(0.1, power=3.0), Magnitude(0.9, power=3.0)),
+    "density": (Uniform(0.5), Uniform(0.1)),
+    "kind": (TopK(0.1), Uniform(0.1)),
+    "paths": (RandomWalk(50), RandomWalk(5)),
+    "function": (Uniform(lambda step: 0.1 + 0 * step), Uniform(lambda step: 0.5 + 0 * step)),
+    "start": (RandomWalk(3, start=torch.ones(4)), RandomWalk(3, start=torch.tensor([1.0, 1, 1, 2]))),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), OTHERS.values(), ids=OTHERS)
+def test_the_sampler_state_of_another_policy_is_refused_and_nothing_changes(one, other):
+    saved = transformed(make(Residual), one).sampler_state()
+    sparse = transformed(make(Residual), other)
+    before = sparse.sampler_state()
+    with pytest.raises(ValueError, match="another row policy"):
+        sparse.load_sampler_state(saved)
+    assert_close(sparse.sampler_state(), before)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_large_power_keeps_the_rows_with_the_largest_norms(scale):
+    model = mlp(6, 40, 5)
+    with torch.no_grad():
+        model[0].weight.copy_(scale * torch.linspace(1, 3, 40)[:, None].expand(40, 6))
+    sparse = transformed(model, Magnitude(0.1, power=200.0))
+    for _ in range(5):
+        sparse(torch.randn(2, 6, dtype=torch.float64)).sum().backward()
+        assert sparse.rows["0.weight"].tolist() == [36, 37, 38, 39]
+
+
+def test_norms_are_refreshed_at_the_first_draw_after_so_many_steps():
+    sparse = transformed(mlp(6, 20, 5), Magnitude(0.3, refresh=20), resample_every=7)
+    seen = []
+    for _ in range(64):
+        sparse(torch.randn(2, 6, dtype=torch.float64)).sum().backward()
+        seen.append(sparse.sampler_state()["order"])
+    changed = [step for step in range(1, 64) if not torch.equal(seen[step], seen[step - 1])]
+    assert changed == [21, 42, 63]
+
+
+@pytest.mark.parametrize("power", [4.0, 16.0, 100.0])
+def test_a_sharp_adaptive_walk_goes_where_all_the_gradient_is(power):
+    model = mlp(6, 2048, 3)
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].weight[:, 7] = 1.0
+        model[0].bias[7] = 9.0  # it is not dead
+    sparse = transformed(model, AdaptiveWalk(5, power=power, min_rows=0))
+    for _ in range(3):
+        sparse(torch.ones(2, 6, dtype=torch.float64)).square().sum().backward()
+    with torch.no_grad():
+        model[2].weight.fill_(1.0)
+    sparse(torch.ones(2, 6, dtype=torch.float64))
+    assert sparse.rows["0.weight"].tolist() == [7]
+
+
+def test_a_density_of_a_function_in_float32_keeps_no_row_too_many():
+    sparse = transformed(mlp(6, 100, 5), Uniform(lambda t: torch.where(torch.as_tensor(t) < 3, 1.0, 0.1)))
+    for step in range(5):
+        sparse(torch.randn(2, 6, dtype=torch.float64)).sum().backward()
+        assert len(sparse.rows["0.weight"]) == (100 if step < 3 else 10)
+
+
+def test_a_schedule_that_is_dense_now_and_then_is_weighed_by_its_other_steps():
+    densities = schedules.DenseEvery(10, schedules.Linear(0.9, 0.05, over=1000))
+    expected = transformed(mlp(6, 100, 5), Uniform(densities)).row_sampler.expected_rows()
+    assert expected == {"0.weight": 5.0}
+
+
+@pytest.mark.parametrize("start", ["labels", "gradient", [1.0, 0, 0, 1, 1]], ids=str)
+def test_unbiased_walks_that_could_not_start_at_every_row_are_refused(start):
+    with pytest.raises(ValueError, match="never have a gradient"):
+        transformed(mlp(6, 8, 5), RandomWalk(3, start=start, unbiased=True))
+
+
+def test_the_report_waits_for_the_rows_of_top_k():
+    sparse = transformed(mlp(6, 8, 5), TopK(0.5))
+    y = sparse(torch.randn(2, 6, dtype=torch.float64))
+    assert "no rows drawn" in str(sparse.report)
+    y.sum().backward()
+    assert "50.0%" in str(sparse.report)

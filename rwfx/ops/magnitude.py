@@ -57,10 +57,14 @@ def draw_by_norm(
         return [*rows, *_scales(rows, chances.split(sizes), unbiased), chances.clone(), order.clone(), last.clone()]
     key = mix(state[0], state[1]).to(last.device)
     counts = exactly if budget is None else budget[1:].tolist()
-    if step % refresh == 0 or budget is not None:
+    # Since the last draw, resample_every steps ago, a multiple of refresh has come by.
+    if step % refresh < resample_every or budget is not None:
         norms = [torch.linalg.vector_norm(weight.detach().flatten(1), dim=1).double() for weight in weights]
-        chances = torch.cat([inclusion_probabilities(n**power, k) for n, k in zip(norms, counts, strict=True)])
-        order = torch.cat([bits(key, k, torch.arange(n, device=last.device)).argsort() for k, n in enumerate(sizes)])
+        chances = torch.cat(
+            [inclusion_probabilities((n / n.max()) ** power, k) for n, k in zip(norms, counts, strict=True)]
+        )
+        places = [torch.arange(n, device=last.device) for n in sizes]
+        order = torch.cat([bits(key, k, place_O).argsort() for k, place_O in enumerate(places)])
     else:
         chances, order = chances.clone(), order.clone()
     u = uniform(key, torch.tensor(len(sizes), device=last.device), torch.arange(len(sizes), device=last.device))
@@ -90,7 +94,7 @@ def inclusion_probabilities(size_O: Tensor, count: int) -> Tensor:
     """``min(1, c * size)`` with ``c`` such that they add up to ``count``; equal ones where no size is above zero."""
     size_O = torch.where(size_O.isfinite() & (size_O > 0), size_O, 0.0)
     # A row that no size draws still takes part where the others are too few.
-    size_O = size_O.clamp(min=max(float(size_O.max()), 1.0) * 1e-9)
+    size_O = size_O.clamp(min=float(size_O.max()) * 1e-9 or 1.0)
     sorted_O = size_O.sort(descending=True).values
     # With the m largest at 1, the others share count - m in proportion: the smallest m for which none is above 1.
     rest_O = sorted_O.flip(0).cumsum(0).flip(0)
