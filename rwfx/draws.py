@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rwfx.ops.blank_rows
-import rwfx.ops.magnitude  # noqa: F401  defines the operators
+import rwfx.ops.blank_rows  # noqa: F401  defines the operator
 from rwfx.labels import WeightUse
 from rwfx.ops.walk import pack_stations
 from rwfx.policies import Magnitude, Policy, RandomWalk, TopK, Uniform

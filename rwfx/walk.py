@@ -130,8 +130,7 @@ class WalkSampler(RowSampler):
                 'rows are to start at labels (start="labels"): call start_from(labels) before the forward.'
             )
         if self.preference is not None:
-            self.preference.update(self.last)
-            value_G = self.preference.of_ids()
+            value_G = self.preference.follow(self.last)
             if isinstance(policy, AdaptiveWalk | LearnedWalk):
                 factors = self.preference.factors(value_G)
             if self._from_gradient:

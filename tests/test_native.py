@@ -15,6 +15,7 @@ from zoo import ZOO, Residual, make
 import rwfx
 import rwfx.optim
 from rwfx import native
+from rwfx.ops import remember as remember_in_python
 from rwfx.ops import row_linear
 from rwfx.ops import walk as walk_in_python
 from rwfx.ops.linear import ACTIVATIONS, _RowLinear
@@ -469,3 +470,26 @@ def test_they_are_built_once_for_all_processes(kernels, tmp_path):
     assert f"compiling its CPU kernels, once for this machine, into {tmp_path}" in first.stderr
     assert second.stderr == ""
     assert [path.parent.name for path in libraries(tmp_path)] == ["rwfx"]
+
+
+@pytest.mark.parametrize("rule", [(True, 0.4, 0.1, 1.5, 0.05, 4.0), (False, 0.3, 0.0, 0.0, 0.1, 2.5)], ids=str)
+@pytest.mark.parametrize("drawn", [[], [1, 4, 9], list(range(11))], ids=["none", "some", "all"])
+def test_remember_is_the_python_implementation(kernels, rule, drawn):
+    sizes, num_rows = torch.tensor([5, 2, 6, 5]), 11  # the last use is of the first one's weight
+    row = torch.cat([torch.arange(5), torch.arange(2) + 5, torch.arange(4) + 7, torch.tensor([0, 1]), torch.arange(5)])
+    seen = [torch.rand(int(n)) for n in sizes]
+    seen[0][2], seen[2][1], seen[2][2] = torch.nan, torch.inf, 0
+    seen[1].zero_()
+    taken, value = torch.cat(seen).nan_to_num(0.0, 0.0, 0.0), torch.rand(18) * 2
+    taken[:5] += 1  # of the first use something new was seen
+    taken[8] += 1
+    use = torch.arange(4).repeat_interleave(sizes)
+    last = torch.cat([torch.tensor([0, len(drawn)]), torch.tensor(drawn), torch.zeros(num_rows - len(drawn))]).long()
+    arguments = seen, taken, value, sizes, use, row, last, num_rows, *rule
+    ours, theirs = torch.ops.rwfx.remember.default(*arguments), remember_in_python(*arguments)
+    for a, e in zip(ours, theirs, strict=True):
+        assert_close(a, e, rtol=1e-5, atol=1e-6)
+        assert a.isfinite().all()
+    unchanged = ours[1][5:7], ours[1][13:]
+    assert_close(unchanged, (value[5:7], value[13:]), rtol=0, atol=0)
+    torch.library.opcheck(torch.ops.rwfx.remember.default, arguments)

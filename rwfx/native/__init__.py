@@ -23,7 +23,7 @@ from shutil import which
 
 import torch
 
-SOURCES = ("walk.cpp", "linear.cpp", "optim.cpp")
+SOURCES = ("walk.cpp", "remember.cpp", "linear.cpp", "optim.cpp")
 HEADERS = ("rows.h",)
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
