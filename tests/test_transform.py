@@ -220,7 +220,7 @@ def test_sampler_state_resumes_the_draws():
     resumed.load_sampler_state(state)
     assert_close([(run(resumed, inputs), resumed.rows)[1] for _ in range(4)], ahead)
     with pytest.raises(ValueError, match="other weights"):
-        rwfx.transform(make(Modules)).load_sampler_state(state)
+        rwfx.transform(make(Modules), num_paths=2).load_sampler_state(state)
 
 
 def test_dense_keeps_weights_by_name_module_and_pattern():
