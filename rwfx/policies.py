@@ -192,8 +192,8 @@ class TopK(_Worded):
     which is meProp's unified rule. What a call hands on is already confined to its rows when the call before it
     chooses. ``sparse_model.rows`` is that of the last backward.
 
-    Source: X. Sun, X. Ren, S. Ma, B. Wei, W. Li, H. Wang, "Training Simplification and Model Simplification for Deep
-    Learning: A Minimal Effort Back Propagation Method" (meProp), IEEE TKDE 2018, section 3 (unified top-k).
+    Source: X. Sun, X. Ren, S. Ma, H. Wang, "meProp: Sparsified Back Propagation for Accelerated Deep Learning with
+    Reduced Overfitting", ICML 2017.
     """
 
     density: Densities

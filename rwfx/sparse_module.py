@@ -55,7 +55,7 @@ class SparseModule(GraphModule):
         return Report(self.lines, settings["mode"], settings["dx"], settings["rows"], kept, self.notes)
 
     def sampler_state(self) -> dict[str, Tensor]:
-        """The row sampler's random stream and last draw: with the ``state_dict``, what an exact resume needs."""
+        """The row sampler's random stream, last draw and memory: with ``state_dict`` all for an exact resume."""
         return self._sampler.sampler_state()
 
     def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:

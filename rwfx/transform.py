@@ -76,7 +76,7 @@ def transform(
         resample_every: draw new row sets every so many training forwards.
         break_even: leave a weight dense where a row-sparse backward is predicted to take longer, by
             ``rwfx.CostModel()`` or by the one given (``CostModel.measured(batch_size)`` measures this machine). False
-            makes every weight row-sparse. On other devices than a CPU nothing is predicted unless a model is given.
+            weighs nothing. On other devices than a CPU nothing is predicted unless a model is given.
         example_inputs: a tuple, a dict of keyword arguments, or a single value for ``model.forward``. Needed where
             the model reshapes by the shape of its inputs, or to say which optional arguments are used; the
             result is then also checked against the model on them.
