@@ -27,8 +27,8 @@ Schedule = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
-class Linear:
-    """``start + (end - start) * min(step / over, 1)``, in either direction."""
+class _Ramp:
+    """From ``start`` to ``end`` over so many steps, in either direction."""
 
     start: float
     end: float
@@ -38,6 +38,11 @@ class Linear:
         check_density("start", self.start)
         check_density("end", self.end)
         check_number("over", self.over, Integral, 1)
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
+    """``start + (end - start) * min(step / over, 1)``, in either direction."""
 
     def __call__(self, step: Any) -> Tensor:
         """The density of ``step``."""
@@ -45,17 +50,8 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Ramp):
     """``end + (start - end) * (1 + cos(pi * min(step / over, 1))) / 2``, in either direction."""
-
-    start: float
-    end: float
-    over: int
-
-    def __post_init__(self) -> None:
-        check_density("start", self.start)
-        check_density("end", self.end)
-        check_number("over", self.over, Integral, 1)
 
     def __call__(self, step: Any) -> Tensor:
         """The density of ``step``."""
