@@ -97,7 +97,7 @@ class RowSampler(KeepsTypes):
     def expected_rows(self, weights: Sequence[Tensor] = ()) -> dict[str, float]:
         """How many rows a step is expected to keep of each weight; of a schedule, where it keeps the fewest."""
         # Many, and such that no schedule of a short period has the same density at all of them.
-        steps = [*range(12), *(10**k + more for k in range(1, 7) for more in (1, 3, 7))]
+        steps = [*range(12), *(10**k + more for k in range(1, 7) for more in (1, 3, 7))] if self._scheduled else [0]
         counts = [self._counts(step) for step in steps]
         return {name: float(min(of)) for name, of in zip(self.kept, zip(*counts, strict=True), strict=True)}
 

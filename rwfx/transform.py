@@ -117,13 +117,14 @@ def transform(
         return verify(read_columns(sparse), model, nodes), nodes, sampler
 
     sparse_gm, nodes, sampler = rewritten(kept)
+    lines = with_sources(lines, sparse_gm, nodes)
     costs = _cost_model(break_even, device.type, mode)
     if costs is not None:
-        lines = with_sources(lines, sparse_gm, nodes)
         lines = weigh(sparse_gm, sampler, lines, graph, shapes, costs, grad, dx)
         paying = [line.weight for line in lines if not line.dense_because]
         if paying != kept:
             sparse_gm, nodes, sampler = rewritten(paying)
+            lines = with_sources(lines, sparse_gm, nodes)
         if not paying:
             warnings.warn(
                 f"no weight of {type(model).__name__} is large enough for a row-sparse backward to pay, so the "
@@ -137,7 +138,7 @@ def transform(
         captured.host,
         sparse_gm.graph,
         captured.eval,
-        lines=with_sources(lines, sparse_gm, nodes),
+        lines=lines,
         settings=settings,
         notes=(*graph.notes, *captured.notes, *sampler.notes),
     )
