@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule
 
 from rwfx.draws import TopKSampler
-from rwfx.policies import AdaptiveWalk, LearnedWalk
 from rwfx.sampler import RowSampler
 from rwfx.walk import WalkSampler
 
@@ -63,5 +62,4 @@ def _observed(sampler: RowSampler) -> tuple[dict[str, str], bool]:
     if not isinstance(sampler, WalkSampler) or sampler.preference is None:
         return {}, True
     buffers = {call: f"{SAMPLER}.preference.seen.{k}" for k, call in enumerate(sampler.preference.calls)}
-    sees_all = isinstance(sampler.policy, AdaptiveWalk) or not isinstance(sampler.policy, LearnedWalk)
-    return buffers, sees_all
+    return buffers, sampler.preference.sees_all

@@ -14,15 +14,14 @@ from torch import Tensor
 
 import rwfx.ops.blank_rows  # noqa: F401  defines the operator
 from rwfx.labels import WeightUse
-from rwfx.ops.walk import pack_stations
 from rwfx.policies import Magnitude, Policy, RandomWalk, TopK, Uniform
 from rwfx.sampler import Buffers, RowSampler
 from rwfx.schedules import Schedule
-from rwfx.walk import WalkSampler, stations_of
+from rwfx.walk import GraphSampler, WalkSampler
 from rwfx.weight_graph import WeightGraph
 
 
-class UniformSampler(RowSampler):
+class UniformSampler(GraphSampler):
     """Draws rows uniformly: what walks do to fill a set up, without a walk."""
 
     def __init__(
@@ -37,33 +36,10 @@ class UniformSampler(RowSampler):
         super().__init__(graph, kept, seed, densities, resample_every=resample_every)
         self.unbiased = policy.unbiased
         _check_passed_once(graph, kept, policy)
-        self.crossed = tuple(graph.names)
-        self._kept = [self.crossed.index(name) for name in kept]
-        stations, tables = stations_of(graph, self.crossed)
-        self._layout = pack_stations(stations)
-        self._tables, self._heads = Buffers(tables), list(graph.heads)
-        self._starts = Buffers(graph.heads.values())
 
     def draw(self, *weights: Tensor) -> list[Tensor]:
         """K rows of O for each weight."""
-        *rows, last = torch.ops.rwfx.walk.default(
-            weights,
-            self._kept,
-            self._tables.tensors(),
-            self._heads,
-            self._starts.tensors(),
-            self._layout,
-            self.state,
-            self.last,
-            0,
-            1.0,
-            0.0,
-            1,
-            self.exactly,
-            self.resample_every,
-            budget=self._budget(),
-        )
-        self.last.copy_(last)
+        rows = self.draw_by_walks(weights, 0, RandomWalk(), self._budget())
         if not self.unbiased:
             return rows
         ones = [torch.ones_like(rows_K, dtype=torch.float32) for rows_K in rows]

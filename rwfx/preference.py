@@ -21,7 +21,7 @@ from rwfx.weight_graph import WeightGraph
 
 
 class Preference(KeepsTypes):
-    """The memory of a walk policy; ``follow`` before a draw, and of what it gives ``factors`` and ``of_starts``."""
+    """The memory of a walk policy; ``follow`` before a draw, and of what it gives ``factors``."""
 
     ids: Tensor
     use: Tensor
@@ -34,6 +34,7 @@ class Preference(KeepsTypes):
     def __init__(self, graph: WeightGraph, kept: Sequence[str], options: RandomWalk) -> None:
         super().__init__()
         self._rule, self._num_rows = rule_of(options), sum(map(graph.rows, kept))
+        self.sees_all = not isinstance(options, LearnedWalk)  # or only the rows drawn
         observed = observed_uses(graph, kept, options)
         self.calls = tuple(s.node for s in observed)
         self.seen = Buffers(torch.zeros(s.rows) for s in observed)
@@ -60,7 +61,6 @@ class Preference(KeepsTypes):
         self._junctions = [(k, s.base) for k, s in enumerate(graph.stations) if isinstance(s, Junction)]
         last = {k for k, s in enumerate(graph.stations) if isinstance(s, WeightUse) and (s.feature_map < 0).all()}
         self._without = last.union(k for k, _ in self._junctions)
-        self.starts = Buffers(graph.heads.values())
 
     def follow(self, last: Tensor) -> Tensor:
         """Take in what was seen of the last step, whose row sets are ``last``; give what walks follow now.
@@ -90,10 +90,6 @@ class Preference(KeepsTypes):
         """For each station the ``(I,)`` factors of its features; of a junction, and where every walk ends, nothing."""
         tables = self.tables.tensors()
         return [value_G[:0] if k in self._without else value_G.index_select(0, of) for k, of in enumerate(tables)]
-
-    def of_starts(self, value_G: Tensor) -> list[Tensor]:
-        """For each head the weights of its starts."""
-        return [value_G.index_select(0, ids) for ids in self.starts.tensors()]
 
 
 def rule_of(options: RandomWalk) -> tuple[bool, float, float, float, float, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rwfx.labels import Junction, WeightUse
-from rwfx.ops.walk import Station, is_tree, mix, pack_stations, sweep
+from rwfx.ops.walk import Station, is_tree, mix, pack_stations, sweep, unpack_stations
 from rwfx.policies import AdaptiveWalk, LearnedWalk, RandomWalk
 from rwfx.preference import Preference, observed_uses
 from rwfx.sampler import WALKS_A_ROW, Buffers, RowSampler
@@ -75,7 +75,62 @@ def stations_of(graph: WeightGraph, names: Sequence[str]) -> tuple[tuple[Station
     return tuple(stations), tables
 
 
-class WalkSampler(RowSampler):
+class GraphSampler(RowSampler):
+    """Draws row sets by ``rwfx::walk``, with the weight graph as that takes it."""
+
+    def __init__(
+        self,
+        graph: WeightGraph,
+        kept: Sequence[str],
+        seed: int,
+        densities: Mapping[str, float | Schedule] | None = None,
+        min_rows: int = 1,
+        resample_every: int = 1,
+    ) -> None:
+        super().__init__(graph, kept, seed, densities, min_rows, resample_every)
+        self.crossed = tuple(graph.names)
+        self._kept = [self.crossed.index(name) for name in kept]
+        stations, tables = stations_of(graph, self.crossed)
+        self._layout = pack_stations(stations)
+        self._heads = list(graph.heads)
+        self._tables = Buffers(tables)
+        self._starts = Buffers(graph.heads.values())
+
+    def draw_by_walks(
+        self,
+        weights: Sequence[Tensor],
+        num_paths: int,
+        policy: RandomWalk,
+        budget: Tensor | None,
+        factors: Sequence[Tensor] = (),
+        start_weights: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """The row sets of ``num_paths`` walks, or as ``budget`` says, and the scales if ``policy`` is unbiased."""
+        *drawn, last = torch.ops.rwfx.walk.default(
+            weights,
+            self._kept,
+            self._tables.tensors(),
+            self._heads,
+            self._starts.tensors(),
+            self._layout,
+            self.state,
+            self.last,
+            num_paths,
+            policy.temperature,
+            policy.epsilon,
+            policy.min_rows,
+            self.exactly,
+            self.resample_every,
+            factors,
+            start_weights,
+            budget,
+            policy.unbiased,
+        )
+        self.last.copy_(last)
+        return drawn
+
+
+class WalkSampler(GraphSampler):
     """Draws row sets by random walks; ``rwfx.policies`` says how."""
 
     def __init__(
@@ -90,20 +145,13 @@ class WalkSampler(RowSampler):
         super().__init__(graph, kept, seed, densities, policy.min_rows, resample_every)
         self.policy = policy
         self.unbiased = policy.unbiased
-        self.crossed = tuple(graph.names)
-        self._kept = [self.crossed.index(name) for name in kept]
-        stations, tables = stations_of(graph, self.crossed)
-        self._layout = pack_stations(stations)
-        self._heads = list(graph.heads)
-        if policy.unbiased and not is_tree(stations, self._heads):
+        if policy.unbiased and not is_tree(unpack_stations(tuple(self._layout)), self._heads):
             raise ValueError(
                 "unbiased=True needs a model whose weights form a tree, each used once and leading to one other: "
                 "here rows are added, or a weight is used twice, and the walks' sets are then not independent enough "
                 "to be weighed. rwfx.Uniform and rwfx.Magnitude are unbiased wherever no gradient passes a weight "
                 "twice."
             )
-        self._tables = Buffers(tables)
-        self._starts = Buffers(graph.heads.values())
         self.preference = None
         self._from_gradient = isinstance(policy.start, str) and policy.start == "gradient"
         follows = isinstance(policy, AdaptiveWalk | LearnedWalk) or self._from_gradient
@@ -134,30 +182,9 @@ class WalkSampler(RowSampler):
             if isinstance(policy, AdaptiveWalk | LearnedWalk):
                 factors = self.preference.factors(value_G)
             if self._from_gradient:
-                start_weights = self.preference.of_starts(value_G)
+                start_weights = [value_G.index_select(0, ids) for ids in self._starts.tensors()]
         num_paths = policy.num_paths or (None if self._scheduled else self._walks())
-        *drawn, last = torch.ops.rwfx.walk.default(
-            weights,
-            self._kept,
-            self._tables.tensors(),
-            self._heads,
-            self._starts.tensors(),
-            self._layout,
-            self.state,
-            self.last,
-            num_paths or 0,
-            policy.temperature,
-            policy.epsilon,
-            policy.min_rows,
-            self.exactly,
-            self.resample_every,
-            factors,
-            start_weights,
-            self._budget(num_paths),
-            policy.unbiased,
-        )
-        self.last.copy_(last)
-        return drawn
+        return self.draw_by_walks(weights, num_paths or 0, policy, self._budget(num_paths), factors, start_weights)
 
     def start_from(self, labels: Tensor) -> None:
         """Let the next walks start at the rows that ``labels`` name, each as often as it is there.

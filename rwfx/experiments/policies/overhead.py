@@ -29,7 +29,7 @@ from rwfx.experiments.tables import markdown, write_csv
 from rwfx.files import replacing
 from rwfx.ops import observe_, record_, top_rows
 from rwfx.passes.sample_rows import SAMPLER
-from rwfx.policies import LearnedWalk
+from rwfx.sampler import RowSampler
 from rwfx.sparse_module import SparseModule
 from rwfx.transform import transform
 from rwfx.walk import WalkSampler
@@ -93,14 +93,13 @@ def run(plan: Plan, *, progress: bool = True) -> list[Line]:
 def choosing(sparse: SparseModule, batch_size: int) -> Callable[[], None]:
     """Give what ``sparse`` does in a step to choose rows, on random gradients."""
     sampler = sparse.get_submodule(SAMPLER)
-    assert isinstance(sampler, WalkSampler | TopKSampler) or not hasattr(sampler, "preference")
-    weights = [sparse.get_parameter(name) for name in sampler.crossed]  # type: ignore[union-attr]
+    assert isinstance(sampler, RowSampler)
+    weights = [sparse.get_parameter(name) for name in sampler.crossed]
     noted: list[tuple[Tensor, Tensor, bool]] = []
     chosen: list[tuple[Tensor, Tensor, int]] = []
     if isinstance(sampler, WalkSampler) and sampler.preference is not None:
         seen = sampler.preference.seen.tensors()
-        everything = not isinstance(sampler.policy, LearnedWalk)
-        noted = [(of, torch.randn(batch_size, len(of)), everything) for of in seen]
+        noted = [(of, torch.randn(batch_size, len(of)), sampler.preference.sees_all) for of in seen]
     if isinstance(sampler, TopKSampler):
         buffers = zip(sampler.chosen.tensors(), sampler.exactly, strict=True)
         chosen = [(of, torch.randn(batch_size, len(of) - 1), count) for of, count in buffers]
