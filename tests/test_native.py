@@ -15,6 +15,7 @@ from zoo import ZOO, Residual, make
 import rwfx
 import rwfx.optim
 from rwfx import native
+from rwfx.ops import draw_by_norm as draw_by_norm_in_python
 from rwfx.ops import remember as remember_in_python
 from rwfx.ops import row_linear
 from rwfx.ops import walk as walk_in_python
@@ -493,3 +494,23 @@ def test_remember_is_the_python_implementation(kernels, rule, drawn):
     unchanged = ours[1][5:7], ours[1][13:]
     assert_close(unchanged, (value[5:7], value[13:]), rtol=0, atol=0)
     torch.library.opcheck(torch.ops.rwfx.remember.default, arguments)
+
+
+@pytest.mark.parametrize("budget", [False, True], ids=["fixed", "budget"])
+@pytest.mark.parametrize("power", [0.0, 1.0, 12.0])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e30, torch.inf, torch.nan], ids=str)
+def test_draw_by_norm_is_the_python_implementation(kernels, scale, power, budget):
+    weights = [torch.randn(30, 8).square(), torch.randn(1, 3), torch.randn(12, 2, 2)]
+    weights[0][4] *= scale
+    counts = [7, 1, 12]
+    exactly, given = ([], torch.tensor([0, *counts])) if budget else (counts, None)
+    chances, order = torch.zeros(43, dtype=torch.float64), torch.zeros(43, dtype=torch.int64)
+    last = torch.zeros(4 + 43, dtype=torch.int64)
+    for step in range(9):  # the norms are computed anew at 0, 4 and 8, and every second step draws
+        weights = [weight + 0.1 for weight in weights]
+        arguments = weights, chances, order, torch.tensor([5, step]), last, power, 4, exactly, given, 2, True
+        ours, theirs = torch.ops.rwfx.draw_by_norm.default(*arguments), draw_by_norm_in_python(*arguments)
+        for a, e in zip(ours, theirs, strict=True):
+            assert_close(a, e, rtol=1e-6, atol=0)
+        *_, chances, order, last = ours
+    torch.library.opcheck(torch.ops.rwfx.draw_by_norm.default, arguments)

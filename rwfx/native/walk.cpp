@@ -4,6 +4,7 @@
 // A row is read once a step, however many walks stand on it: the walks at a station are ordered by row, the absolute
 // weights of a row are summed in blocks, and each walk looks its own number up, first among blocks, then in one.
 
+#include "random.h"
 #include "rows.h"
 
 #include <ATen/ops/abs.h>
@@ -24,7 +25,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t BLOCK = 64;  // numbers of a row that are summed together
-constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15;
 
 struct Station {
   int64_t weight, base, size;
@@ -34,24 +34,6 @@ struct Station {
 
 struct Walker {
   int64_t walk, id;
-};
-
-uint64_t split_mix(uint64_t z) {
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
-  return z ^ (z >> 31);
-}
-
-// Number `index` of stream `stream` of a step's random numbers: uniform, from 0 to below 1.
-struct Uniform {
-  uint64_t key;
-
-  uint64_t bits(uint64_t stream, uint64_t index) const {
-    return split_mix(key + ((stream << 32) + index + 1) * GOLDEN);
-  }
-  double operator()(uint64_t stream, uint64_t index) const {
-    return static_cast<double>(bits(stream, index) >> 11) * 0x1.0p-53;
-  }
 };
 
 std::vector<Station> unpack(at::IntArrayRef layout) {
@@ -645,8 +627,7 @@ std::vector<Tensor> walk(
   if (step % resample_every) {
     return read_last(last, kept.size(), sizes);
   }
-  // As `mix` in Python: 63 bits.
-  const Uniform uniform{split_mix(static_cast<uint64_t>(seed) + (static_cast<uint64_t>(step) + 1) * GOLDEN) >> 1};
+  const Uniform uniform = Uniform::of_step(seed, step);
   const int64_t num_stations = static_cast<int64_t>(stations.size());
   const int64_t num_heads = static_cast<int64_t>(heads.size());
 
