@@ -23,11 +23,11 @@ from rwfx.weight_graph import WeightGraph
 class Preference(KeepsTypes):
     """The memory of a walk policy; ``follow`` before a draw, and of what it gives ``factors``."""
 
-    ids: Tensor
+    place: Tensor
     use: Tensor
     row: Tensor
     sizes: Tensor
-    ones: Tensor
+    one: Tensor
     taken: Tensor
     value: Tensor
 
@@ -40,13 +40,15 @@ class Preference(KeepsTypes):
         self.seen = Buffers(torch.zeros(s.rows) for s in observed)
         sizes = torch.tensor([s.rows for s in observed])
         first_row = dict(zip(kept, torch.tensor([0, *(graph.rows(name) for name in kept)]).cumsum(0), strict=False))
+        ids = torch.cat([torch.arange(s.base, s.base + s.rows) for s in observed])
         constants = {
-            "ids": torch.cat([torch.arange(s.base, s.base + s.rows) for s in observed]),
+            # For every id its row among the observed ones; the others, and what is behind the ids, have the 1 behind.
+            "place": torch.full((len(graph) + 1,), int(sizes.sum())).index_copy(0, ids, torch.arange(len(ids))),
             "use": torch.arange(len(observed)).repeat_interleave(sizes),
             # Among all rows of the kept weights, as a sampler's ``last`` numbers them.
             "row": torch.cat([torch.arange(s.rows) + first_row[s.weight] for s in observed]),
             "sizes": sizes,
-            "ones": torch.ones(len(graph) + 1),
+            "one": torch.ones(1),
             "taken": torch.zeros(int(sizes.sum())),
             "value": torch.full((int(sizes.sum()),), options.optimism if isinstance(options, LearnedWalk) else 0.0),
         }
@@ -80,7 +82,7 @@ class Preference(KeepsTypes):
         )
         self.taken.copy_(taken)
         self.value.copy_(value)
-        value_G = self.ones.index_copy(0, self.ids, preference_N)
+        value_G = torch.cat([preference_N, self.one]).index_select(0, self.place)
         for k, base in self._junctions:
             members, shares = self.tables.get_buffer(str(k)), self.shares.get_buffer(str(k))
             value_G[base : base + len(members)] = (value_G[members] * shares).sum(1)

@@ -89,6 +89,13 @@ std::tuple<Tensor, Tensor, Tensor> remember(
     }
     begin = end;
   }
+  if (power == 4) {  // the default of every walk that learns
+    for (int64_t n = 0; n < begin; ++n) {
+      p[n] *= p[n];
+      p[n] *= p[n];
+    }
+    return {taken_now, value_now, base};
+  }
   return {taken_now, value_now, at::pow(base, power)};
 }
 
