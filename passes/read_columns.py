@@ -5,6 +5,9 @@ input goes back, number by number, to an operator that reads the columns of its 
 columns need not be computed: a second factor of density on the product ``dx = g @ W``, and all gradients of parameters
 stay as they are. A call that chooses its rows in the backward pass, or notes the magnitudes of all of them, reads every
 column: what it feeds is not confined.
+
+Where examples are left out as well (``rwfx.passes.sparse_examples``), a gradient that goes from one call straight to
+another is handed over without them.
 """
 
 import copy
@@ -56,10 +59,12 @@ def read_columns(gm: GraphModule) -> GraphModule:
     confined = GraphModule(gm, copy.deepcopy(gm.graph))
     calls = [node for node in confined.graph.nodes if node.target is ROW_LINEAR and _argument(node, "dx") == "rows"]
     for call in calls:
-        columns = _columns(confined, call)
-        if columns is None:
+        feeding = _feeding(confined, call)
+        of_examples = _argument(call, "examples") is not None
+        if feeding is None or (_reads_all(feeding) and not of_examples):
             continue
-        _tell(call, "columns", columns)
+        if not _reads_all(feeding):
+            _tell(call, "columns", _argument(feeding, "rows"))
         activated = _argument(call, "x")
         activation = _activation(confined, activated, call)
         if activation:
@@ -67,15 +72,20 @@ def read_columns(gm: GraphModule) -> GraphModule:
             _tell(call, "activation", activation)
             confined.graph.erase_node(activated)
         source = _argument(call, "x")
-        if source.target is ROW_LINEAR and list(source.users) == [call]:
+        if source.target is not ROW_LINEAR or list(source.users) != [call]:
+            continue
+        if not of_examples:
             _tell(call, "direct", True)
+        elif _argument(source, "examples") is _argument(call, "examples") and not _notes_own_rows(source):
+            _tell(call, "direct", True)
+            _tell(source, "packed", "rows" if _reads_all(source) else "columns")
     confined.graph.lint()
     confined.recompile()
     return confined
 
 
-def _columns(gm: GraphModule, call: Node) -> Node | None:
-    """The row set that holds every column that is read of the gradient of the call's input; None: all may be."""
+def _feeding(gm: GraphModule, call: Node) -> Node | None:
+    """The row-sparse call that a call's input comes from by nothing but pointwise operations, if there is one."""
     at, between = _argument(call, "x"), call.prev
     while isinstance(at, Node):
         # What changes a value under the hands of its readers is in the way too, whether or not its result is used.
@@ -84,7 +94,7 @@ def _columns(gm: GraphModule, call: Node) -> Node | None:
                 return None
             between = between.prev
         if at.target is ROW_LINEAR:
-            return None if _reads_all(at) else _argument(at, "rows")
+            return at
         if not _is_pointwise(gm, at):
             return None
         (at,) = at.all_input_nodes
@@ -95,6 +105,12 @@ def _reads_all(call: Node) -> bool:
     """Whether the backward of a row-sparse call reads more of its output's gradient than its row set."""
     all_seen = _argument(call, "seen") is not None and _argument(call, "seen_all")
     return _argument(call, "dx") != "rows" or _argument(call, "chosen") is not None or all_seen
+
+
+def _notes_own_rows(call: Node) -> bool:
+    """Whether it notes the magnitudes of its row set alone, which it looks for in a gradient that is laid out in
+    full."""
+    return _argument(call, "seen") is not None and not _argument(call, "seen_all")
 
 
 def _argument(call: Node, name: str) -> Any:

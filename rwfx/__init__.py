@@ -11,6 +11,7 @@ every step   row sampler: WeightGraph, |W| --walks--> row sets --> row-sparse op
 
 from rwfx import draw, ops, optim, schedules
 from rwfx.break_even import CostModel
+from rwfx.examples import AdaptiveExamples, SampledExamples, TopExamples
 from rwfx.history import History
 from rwfx.policies import AdaptiveWalk, LearnedWalk, Magnitude, RandomWalk, TopK, Uniform
 from rwfx.sparse_module import SparseModule
@@ -21,6 +22,7 @@ from rwfx.weight_graph import WeightGraph, weight_graph
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptiveExamples",
     "AdaptiveWalk",
     "CostModel",
     "History",
@@ -28,7 +30,9 @@ __all__ = [
     "Magnitude",
     "RandomWalk",
     "RandomWalkTrainer",
+    "SampledExamples",
     "SparseModule",
+    "TopExamples",
     "TopK",
     "Uniform",
     "WeightGraph",

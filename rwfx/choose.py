@@ -32,6 +32,7 @@ def lines_of(
     grad: str,
     policy: Policy,
     densities: Mapping[str, float | Schedule] | None,
+    of_examples: bool = False,
 ) -> tuple[Line, ...]:
     """A line per parameter with rows: those of the linear calls in execution order, then the rest."""
     calls = {node.name: node for node in gm.graph.nodes}
@@ -50,6 +51,8 @@ def lines_of(
             reason = "density= does not name it"
             if not isinstance(policy.density, Mapping):
                 reason = "it gives the outputs, whose rows are terms of the loss; a density by name makes it sparse"
+        elif of_examples and densities is not None and densities[weight] == 1:
+            reason = "all of its rows are asked for"
         elif isinstance(policy, TopK) and len(uses) > 1:
             reason = f"{len(uses)} calls use it, and TopK would choose other rows in each"
         elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
@@ -109,7 +112,7 @@ def with_sources(lines: Sequence[Line], gm: GraphModule, rows: Mapping[str, RowN
     for node in gm.graph.nodes:
         if node.target is ROW_LINEAR:
             columns = str(node.kwargs.get("columns", ""))
-            if columns in weight_at:
+            if columns in weight_at and str(node.args[3]) in weight_at:
                 sources.setdefault(weight_at[str(node.args[3])], []).append(weight_at[columns])
     return tuple(replace(line, sources=tuple(sources.get(line.weight, ()))) for line in lines)
 

@@ -30,7 +30,7 @@ Densities = Density | Mapping[str, Density]
 Start = str | Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[float]]
 
 
-class _Worded:
+class Worded:
     """A ``repr`` that leaves out what is as by default."""
 
     def __repr__(self) -> str:
@@ -39,7 +39,7 @@ class _Worded:
 
 
 @dataclass(frozen=True, repr=False)
-class RandomWalk(_Worded):
+class RandomWalk(Worded):
     """The rows that random walks visit, from the outputs back to the inputs.
 
     A walk starts at a row of an output weight and steps towards the input: at row ``i`` it draws input feature ``j``
@@ -91,7 +91,7 @@ class RandomWalk(_Worded):
             raise ValueError(
                 f"start must be one of {', '.join(map(repr, STARTS))} or weights per row, got {self.start!r}."
             )
-        _check_flag("unbiased", self.unbiased)
+        check_flag("unbiased", self.unbiased)
         floored = isinstance(self, AdaptiveWalk | LearnedWalk)
         if self.unbiased and isinstance(self.start, str) and not (self.start == "uniform" or floored):
             raise ValueError(
@@ -184,7 +184,7 @@ class LearnedWalk(RandomWalk):
 
 
 @dataclass(frozen=True, repr=False)
-class TopK(_Worded):
+class TopK(Worded):
     """The rows with the largest gradient of this very step, chosen in the backward pass:
 
         R = the K rows with the largest sum over the batch of |g[., r]|
@@ -203,7 +203,7 @@ class TopK(_Worded):
 
 
 @dataclass(frozen=True, repr=False)
-class Uniform(_Worded):
+class Uniform(Worded):
     """Rows drawn uniformly without replacement, K of O: the control of every other choice.
 
     Args:
@@ -216,11 +216,11 @@ class Uniform(_Worded):
 
     def __post_init__(self) -> None:
         check_densities(self.density)
-        _check_flag("unbiased", self.unbiased)
+        check_flag("unbiased", self.unbiased)
 
 
 @dataclass(frozen=True, repr=False)
-class Magnitude(_Worded):
+class Magnitude(Worded):
     """Rows drawn without replacement by the size of their weights, K of O.
 
     Row ``r`` is in the set with probability
@@ -245,12 +245,17 @@ class Magnitude(_Worded):
 
     def __post_init__(self) -> None:
         check_densities(self.density)
-        _check_flag("unbiased", self.unbiased)
+        check_flag("unbiased", self.unbiased)
         check_number("power", self.power, Real, 0)
         check_number("refresh", self.refresh, Integral, 1)
 
 
-def _check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: names it.
+    """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 

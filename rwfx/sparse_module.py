@@ -9,8 +9,10 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 from torch.fx.graph_module import GraphModule, _forward_from_src
 
+from rwfx.example_sampler import ExampleSampler
 from rwfx.graph_pickle import read_graph, write_graph
 from rwfx.passes.sample_rows import SAMPLER
+from rwfx.passes.sparse_examples import EXAMPLES
 from rwfx.report import Line, Report
 from rwfx.sampler import RowSampler
 from rwfx.walk import WalkSampler
@@ -56,7 +58,7 @@ class SparseModule(GraphModule):
 
     def sampler_state(self) -> dict[str, Tensor]:
         """The row sampler's random stream, last draw and memory: with ``state_dict`` all for an exact resume."""
-        return self._sampler.sampler_state()
+        return {**self._sampler.sampler_state(), **(self._examples.sampler_state() if self._examples else {})}
 
     def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where ``sampler_state`` was taken.
@@ -64,7 +66,23 @@ class SparseModule(GraphModule):
         Raises:
             ValueError: the state does not fit this model; nothing is changed then.
         """
-        self._sampler.load_sampler_state(state)
+        of_examples = {name: tensor for name, tensor in state.items() if name.startswith("examples.")}
+        if self._examples is None:
+            if of_examples:
+                raise ValueError("the sampler state was saved from a model that leaves out examples (examples=).")
+            self._sampler.load_sampler_state(state)
+            return
+        self._examples.check_state(of_examples)
+        self._sampler.load_sampler_state({name: state[name] for name in state.keys() - of_examples.keys()})
+        self._examples.load_sampler_state(of_examples)
+
+    @property
+    def examples(self) -> tuple[int, int]:
+        """How many examples the last training forward kept for its backward, and of how many."""
+        if self._examples is None:
+            raise AttributeError("this model keeps all examples: it was made without examples=.")
+        kept, of = self._examples.last.tolist()
+        return kept, of
 
     @property
     def starts_at_labels(self) -> bool:
@@ -91,6 +109,10 @@ class SparseModule(GraphModule):
     @property
     def _sampler(self) -> RowSampler:
         return self._modules[SAMPLER]  # type: ignore[return-value]
+
+    @property
+    def _examples(self) -> ExampleSampler | None:
+        return self._modules.get(EXAMPLES)  # type: ignore[return-value]
 
     def recompile(self) -> PythonCode:
         """Generate the code of both graphs; called by ``fx`` when ``graph`` is set."""
@@ -133,7 +155,7 @@ def check_names(host: nn.Module) -> None:
     Raises:
         ValueError: names the part and what to do.
     """
-    about = ("lines", "settings", "notes", "meta", SAMPLER)
+    about = ("lines", "settings", "notes", "meta", SAMPLER, EXAMPLES)
     for name in (*host._modules, *host._parameters, *host._buffers):
         if hasattr(SparseModule, name) or name in about:
             raise ValueError(

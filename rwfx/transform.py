@@ -1,6 +1,7 @@
 """The front door: a model in, the same model with a row-sparse backward pass out.
 
-capture -> normalize -> weight graph -> sample_rows -> sparse_backward -> read_columns -> verify
+capture -> normalize -> weight graph -> follow_examples -> sample_rows -> sparse_backward -> sparse_examples ->
+read_columns -> verify
 """
 
 import warnings
@@ -15,15 +16,19 @@ from torch.fx import GraphModule
 from rwfx import native
 from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
-from rwfx.capture import capture, shared_copy, split_inputs
+from rwfx.capture import Capture, capture, shared_copy, split_inputs
 from rwfx.choose import densities_of, lines_of, weigh, with_sources
 from rwfx.draws import sampler_of
+from rwfx.example_sampler import ExampleSampler
+from rwfx.examples import ExamplePolicy, example_policy
+from rwfx.passes.follow_examples import MARK, follow_examples, in_order
 from rwfx.passes.normalize import normalize
 from rwfx.passes.read_columns import read_columns
 from rwfx.passes.sample_rows import SAMPLER, RowNodes, sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
+from rwfx.passes.sparse_examples import EXAMPLES, sparse_examples
 from rwfx.passes.verify import same_outputs, verify
-from rwfx.policies import Densities, Policy, RandomWalk, TopK
+from rwfx.policies import Densities, Policy, RandomWalk, TopK, Uniform
 from rwfx.sampler import RowSampler
 from rwfx.sparse_module import SparseModule, check_names
 from rwfx.weight_graph import graph_of, shapes_of
@@ -35,6 +40,7 @@ def transform(
     *,
     density: Densities | None = None,
     rows: Policy | None = None,
+    examples: float | int | ExamplePolicy | None = None,
     dense: str | Sequence[str] = (),
     mode: Literal["sparse", "masked"] = "sparse",
     dx: Literal["rows", "full"] | None = None,
@@ -63,6 +69,10 @@ def transform(
             mapping by names will do as well; see ``rwfx.policies``.
         rows: how the rows of a step are chosen: ``rwfx.RandomWalk``, ``AdaptiveWalk``, ``LearnedWalk``, ``TopK``,
             ``Uniform`` or ``Magnitude``.
+        examples: how many examples of a batch take part in the backward pass: a fraction or a number of those with the
+            largest gradient at the output, or an example policy (``rwfx.TopExamples``, ``SampledExamples``,
+            ``AdaptiveExamples``; see ``rwfx.examples``). With ``rows``, ``density`` or ``num_paths`` a call then
+            computes with the kept rows of the kept examples; without any of them with all rows.
         dense: names of weights or modules that stay dense; ``*`` and ``?`` match any letters (``"head.*"``).
         mode: ``"sparse"``, or ``"masked"``: dense products, masked afterwards, to compare with.
         dx: ``"rows"`` sums the input's gradient over the row set, ``"full"`` over every row; then the gradients
@@ -85,7 +95,8 @@ def transform(
         TypeError, ValueError: an argument is not allowed, the model cannot be traced, has no linear weight, or no
             weight is left to make sparse. Nothing has been changed then.
     """
-    policy = _policy(rows, num_paths, density)
+    of_examples = None if examples is None else example_policy(examples)
+    policy = _policy(rows, num_paths, density, of_examples)
     _check_choices(mode, dx, grad, seed, break_even)
     _check_policy(policy, mode, resample_every)
     dx = dx or ("full" if mode == "masked" else "rows")
@@ -93,20 +104,23 @@ def transform(
     if isinstance(model, SparseModule):
         raise ValueError("model is already transformed. Transform the model it was made from.")
 
+    if of_examples is not None and mode == "masked":
+        raise ValueError('examples with mode="masked": masking saves nothing to compare with. Use mode="sparse".')
     captured = capture(model, example_inputs)
     check_names(captured.host)
     gm = normalize(GraphModule(captured.host, captured.train))
     shapes = shapes_of(gm, captured, example_inputs)
     graph = graph_of(gm, captured, shapes)
     densities = densities_of(policy.density, graph)
-    lines = lines_of(gm, graph, captured, patterns, grad, policy, densities)
+    lines = lines_of(gm, graph, captured, patterns, grad, policy, densities, of_examples is not None)
     kept = [line.weight for line in lines if not line.dense_because]
-    if not kept:
+    gm, example_notes = _followed(gm, captured, of_examples, example_inputs)
+    if not kept and of_examples is None:
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
         raise ValueError(f"no weight is left to make sparse ({reasons}).")
 
     seed = _common_seed() if seed is None else int(seed)
-    device = captured.host.get_parameter(kept[0]).device
+    device = captured.host.get_parameter(lines[0].weight).device
     if device.type == "cpu":
         native.ready()
 
@@ -114,6 +128,8 @@ def transform(
         sampler = sampler_of(policy, graph, kept, seed, densities, resample_every).to(device)
         sampled, nodes = sample_rows(gm, sampler)
         sparse = sparse_backward(sampled, nodes, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
+        if of_examples is not None:
+            sparse = sparse_examples(sparse, ExampleSampler(of_examples, seed).to(device))
         return verify(read_columns(sparse), model, nodes), nodes, sampler
 
     sparse_gm, nodes, sampler = rewritten(kept)
@@ -125,7 +141,7 @@ def transform(
         if paying != kept:
             sparse_gm, nodes, sampler = rewritten(paying)
             lines = with_sources(lines, sparse_gm, nodes)
-        if not paying:
+        if not paying and of_examples is None:
             warnings.warn(
                 f"no weight of {type(model).__name__} is large enough for a row-sparse backward to pay, so the "
                 "transformed model trains densely. Its report says what was predicted; break_even=False makes every "
@@ -133,16 +149,26 @@ def transform(
                 stacklevel=2,
             )
 
-    settings = {"rows": policy, "mode": mode, "dx": dx, "grad": grad, "seed": seed, "resample_every": resample_every}
+    settings = {
+        "rows": policy,
+        "examples": of_examples,
+        "mode": mode,
+        "dx": dx,
+        "grad": grad,
+        "seed": seed,
+        "resample_every": resample_every,
+    }
     sparse_model = SparseModule.over(
         captured.host,
         sparse_gm.graph,
         captured.eval,
         lines=lines,
         settings=settings,
-        notes=(*graph.notes, *captured.notes, *sampler.notes),
+        notes=(*graph.notes, *captured.notes, *sampler.notes, *example_notes),
     )
     sparse_model._modules[SAMPLER] = sampler
+    if of_examples is not None:
+        sparse_model._modules[EXAMPLES] = sparse_gm.get_submodule(EXAMPLES)
     _check_replay(model, sparse_model, example_inputs)
     return sparse_model
 
@@ -190,7 +216,25 @@ def _patterns(dense: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _policy(rows: Any, num_paths: Any, density: Any) -> Policy:
+def _followed(
+    gm: GraphModule, captured: Capture, of_examples: ExamplePolicy | None, example_inputs: Any
+) -> tuple[GraphModule, tuple[str, ...]]:
+    """``gm`` with the calls marked that follow the examples, and a note for each other."""
+    if of_examples is None:
+        return gm, ()
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = None if example_inputs is None else in_order(placeholders, *split_inputs(example_inputs))
+    marked, notes = follow_examples(gm, inputs)
+    if not any(node.meta.get(MARK) for node in marked.graph.nodes):
+        raise ValueError(
+            f"examples= finds no linear call that it could confine to the kept examples ({'; '.join(notes)})."
+        )
+    return marked, notes
+
+
+def _policy(rows: Any, num_paths: Any, density: Any, of_examples: ExamplePolicy | None) -> Policy:
+    if rows is None and num_paths is None and density is None and of_examples is not None:
+        return Uniform(1.0)
     if rows is None:
         return RandomWalk(num_paths, density)
     if not isinstance(rows, Policy):

@@ -48,10 +48,14 @@ using torch::autograd::variable_list;
 // Above this share of columns, to gather and scatter them costs more than the rest of the product.
 constexpr double MOST_COLUMNS = 0.7;
 
-// x[:, columns] of a (B, O) with any strides: (B, K), stored by columns where `by_columns` says so or x is.
-Tensor gather_columns(const Tensor& x, const Tensor& columns, bool by_columns = false) {
-  const int64_t count = columns.numel(), batch = x.size(0), down = x.stride(0), across = x.stride(1);
+// x[places][:, columns] of a (B, O) with any strides, all places where none are given: (B, K), stored by columns where
+// `by_columns` says so or x is.
+Tensor gather_columns(
+    const Tensor& x, const Tensor& columns, bool by_columns = false, const optional<Tensor>& places = {}) {
+  const int64_t count = columns.numel(), down = x.stride(0), across = x.stride(1);
+  const int64_t batch = places ? places->numel() : x.size(0);
   const int64_t* at = columns.const_data_ptr<int64_t>();
+  const int64_t* place = places ? places->const_data_ptr<int64_t>() : nullptr;
   by_columns = by_columns || (down == 1 && across != 1);
   Tensor out = by_columns ? at::empty({count, batch}, x.options()).t() : at::empty({batch, count}, x.options());
   RWFX_DISPATCH(x.scalar_type(), "rwfx::gather_columns", [&] {
@@ -61,7 +65,7 @@ Tensor gather_columns(const Tensor& x, const Tensor& columns, bool by_columns = 
       at::parallel_for(0, count, grain(batch), [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
           for (int64_t b = 0; b < batch; ++b) {
-            to[by_columns ? k * batch + b : b * count + k] = from[at[k] * across + b];
+            to[by_columns ? k * batch + b : b * count + k] = from[at[k] * across + (place ? place[b] : b)];
           }
         }
       });
@@ -69,8 +73,9 @@ Tensor gather_columns(const Tensor& x, const Tensor& columns, bool by_columns = 
     }
     at::parallel_for(0, batch, grain(count), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
+        const scalar_t* row = from + (place ? place[b] : b) * down;
         for (int64_t k = 0; k < count; ++k) {
-          to[by_columns ? k * batch + b : b * count + k] = from[b * down + at[k] * across];
+          to[by_columns ? k * batch + b : b * count + k] = row[at[k] * across];
         }
       }
     });
@@ -104,24 +109,61 @@ Tensor gather_rows(const Tensor& w, const Tensor& rows, const optional<Tensor>& 
   return out;
 }
 
-// A (B, I) that is x (B, C) in the columns given and zero elsewhere.
-Tensor scatter_columns(const Tensor& x, const Tensor& columns, int64_t width) {
-  const int64_t count = columns.numel(), batch = x.size(0);
-  const int64_t* at = columns.const_data_ptr<int64_t>();
-  Tensor out = at::empty({batch, width}, x.options());
+// A (B, I) that is x (B, C) in the columns given and zero elsewhere; with places it has `batch` of them, and all columns
+// where none are given.
+Tensor scatter_columns(
+    const Tensor& given, const optional<Tensor>& columns, int64_t width, const optional<Tensor>& places, int64_t batch) {
+  const Tensor x = given.contiguous();
+  const int64_t count = x.size(1);
+  const int64_t* at = columns ? columns->const_data_ptr<int64_t>() : nullptr;
+  const int64_t* place = places ? places->const_data_ptr<int64_t>() : nullptr;
+  Tensor out = places ? at::zeros({batch, width}, x.options()) : at::empty({batch, width}, x.options());
   RWFX_DISPATCH(x.scalar_type(), "rwfx::scatter_columns", [&] {
     const scalar_t* from = x.const_data_ptr<scalar_t>();
     scalar_t* to = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, batch, grain(width), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, x.size(0), grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        std::memset(to + b * width, 0, width * sizeof(scalar_t));
+        scalar_t* row = to + (place ? place[b] : b) * width;
+        if (at == nullptr) {
+          std::memcpy(row, from + b * count, count * sizeof(scalar_t));
+          continue;
+        }
+        if (place == nullptr) {
+          std::memset(row, 0, width * sizeof(scalar_t));
+        }
         for (int64_t c = 0; c < count; ++c) {
-          to[b * width + at[c]] = from[b * count + c];
+          row[at[c]] = from[b * count + c];
         }
       }
     });
   });
   return out;
+}
+
+// x (E, C), at the very front of an otherwise unwritten (B, I): what a call with `packed` reads. Stored by columns if x is.
+Tensor at_front(const Tensor& x, int64_t batch, int64_t width) {
+  const bool looked_at = torch::autograd::AnomalyMode::is_enabled();
+  Tensor out = looked_at ? at::zeros({batch, width}, x.options()) : at::empty({batch, width}, x.options());
+  out.as_strided(x.sizes(), x.strides()).copy_(x);
+  return out;
+}
+
+// The places of the examples among `batch`, of which each has as many.
+Tensor places_of(const Tensor& examples, int64_t num_examples, int64_t batch) {
+  const Tensor kept = examples.contiguous();
+  const int64_t count = kept.numel(), each = num_examples ? batch / num_examples : 0;
+  const int64_t* from = kept.const_data_ptr<int64_t>();
+  Tensor places = at::empty({count * each}, kept.options());
+  int64_t* to = places.mutable_data_ptr<int64_t>();
+  for (int64_t e = 0; e < count; ++e) {
+    TORCH_CHECK_INDEX(
+        0 <= from[e] && from[e] < num_examples, "example ", from[e], " of ", num_examples,
+        ": a gradient came to a weight without passing the model's outputs, which decide about the examples.");
+    for (int64_t k = 0; k < each; ++k) {
+      *to++ = from[e] * each + k;
+    }
+  }
+  return places;
 }
 
 // As scatter_columns, of an x that is stored by columns; so is the result. The other columns are not even written, for
@@ -334,23 +376,49 @@ Gradients backward(
     bool full_dx,
     std::string_view grad,
     std::string_view activation,
-    bool direct) {
+    bool direct,
+    const optional<Tensor>& examples,
+    int64_t num_examples,
+    std::string_view packed,
+    const optional<Tensor>& g_kept) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor rows = given_rows.contiguous();
-  const int64_t num_rows = g.size(-1);
-  const bool all_rows = rows.numel() == num_rows;
-  const Tensor g_BO = g.reshape({-1, num_rows});
-  Tensor g_BK = all_rows ? g_BO : gather_columns(g_BO, rows);
+  const int64_t num_rows = g.size(-1), count = rows.numel();
+  const bool all_rows = count == num_rows;
+  const Tensor g_BO = g_kept ? *g_kept : g.reshape({-1, num_rows});
+  const int64_t batch = c10::multiply_integers(g.sizes().slice(0, g.dim() - 1));
+  const optional<Tensor> places = examples ? optional<Tensor>(places_of(*examples, num_examples, batch)) : std::nullopt;
+  const auto taking_part = [&](const Tensor& x) {
+    const Tensor x_BI = x.reshape({-1, x.size(-1)});
+    return places ? gather_rows(x_BI, *places, {}) : x_BI;
+  };
+  const auto of_all_rows = [&] {
+    if (!places || g_kept) {
+      return g_BO;
+    }
+    return packed == "rows" ? g_BO.narrow(0, 0, places->numel()) : gather_rows(g_BO, *places, {});
+  };
+  Tensor g_BK;
+  if (places && packed == "columns") {
+    g_BK = g_BO.as_strided({places->numel(), count}, {1, places->numel()});
+  } else if (places && !g_kept && packed.empty() && !all_rows) {
+    g_BK = gather_rows(g_BO, *places, rows);
+  } else {
+    g_BK = all_rows ? of_all_rows() : gather_columns(of_all_rows(), rows);
+  }
   if (scale) {
     g_BK = at::mul(g_BK, scale->to(g.scalar_type()));
   }
   const auto of_parameter = [&](Tensor values) {
     values = values.to(dtype);
-    return grad == "kept" ? values : grad == "rows" ? pack(values, rows, num_rows) : scatter_rows(values, rows, num_rows);
+    if (grad == "kept" || (grad == "dense" && all_rows)) {
+      return values;
+    }
+    return grad == "rows" ? pack(values, rows, num_rows) : scatter_rows(values, rows, num_rows);
   };
   Tensor dx, dw, db;
   if (a) {
-    dw = of_parameter(at::mm(g_BK.t(), a->reshape({-1, a->size(-1)}).to(g.scalar_type())));
+    dw = of_parameter(at::mm(g_BK.t(), taking_part(*a).to(g.scalar_type())));
   }
   if (needs_bias) {
     db = of_parameter(g_BK.sum(0));
@@ -362,19 +430,30 @@ Gradients backward(
       da = da.to(x_dtype);
       return of ? of->backward(da, columns_of(activated->reshape({-1, width}))) : da;
     };
+    const auto finish = [&](const Tensor& dx_E, const optional<Tensor>& columns) {
+      if (places && direct) {
+        return at_front(dx_E, batch, width);
+      }
+      return columns || places ? scatter_columns(dx_E, columns, width, places, batch) : dx_E;
+    };
     if (given_columns && !full_dx && (direct || given_columns->numel() < MOST_COLUMNS * width)) {
       const Tensor columns = given_columns->contiguous();
-      const Tensor w_KC = gather_rows(*weight, rows, columns).to(g.scalar_type());
-      const auto gather = [&](const Tensor& x) { return gather_columns(x, columns, direct); };
+      const bool all_columns = columns.numel() == width;
+      const Tensor w_KC = all_columns && all_rows
+          ? *weight
+          : gather_rows(*weight, rows, all_columns ? optional<Tensor>() : optional<Tensor>(columns));
+      const Tensor w = w_KC.to(g.scalar_type());
+      const auto gather = [&](const Tensor& x) { return gather_columns(x, columns, direct, places); };
       if (direct) {
-        const Tensor dx_CB = through(at::mm(w_KC.t(), g_BK.t()).t(), gather);
-        dx = scatter_by_columns(dx_CB, columns, width);
+        const Tensor dx_CB = through(at::mm(w.t(), g_BK.t()).t(), gather);
+        dx = places ? finish(dx_CB, columns) : scatter_by_columns(dx_CB, columns, width);
       } else {
-        dx = scatter_columns(through(at::mm(g_BK, w_KC), gather), columns, width);
+        dx = finish(through(at::mm(g_BK, w), gather), columns);
       }
     } else {
       const Tensor w = full_dx || all_rows ? *weight : gather_rows(*weight, rows, {});
-      dx = through(at::mm(full_dx ? g_BO : g_BK, w.to(g.scalar_type())), [](const Tensor& x) { return x; });
+      const Tensor g_x = full_dx ? of_all_rows() : g_BK;
+      dx = finish(through(at::mm(g_x, w.to(g.scalar_type())), taking_part), {});
     }
     auto shape = g.sizes().vec();
     shape.back() = width;
@@ -421,42 +500,92 @@ void check(
   check_buffer("chosen", chosen, at::kLong, 1);
 }
 
+void check_examples(const Tensor& x, const Tensor& examples, const c10::SymInt& num_examples) {
+  TORCH_CHECK_VALUE(
+      examples.scalar_type() == at::kLong && examples.dim() == 1,
+      "examples must be a one-dimensional int64 tensor, got ", examples.scalar_type(), " of shape ",
+      examples.sym_sizes(), ".");
+  c10::SymInt places = 1;
+  for (int64_t d = 0; d < x.dim() - 1; ++d) {
+    places *= x.sym_size(d);
+  }
+  TORCH_CHECK_VALUE(
+      num_examples > 0 && places % num_examples == 0, "the ", places,
+      " places of x (its leading dimensions) cannot be dealt to ", num_examples, " examples.");
+}
+
 template <class Signature>
 auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// The row set of a backward pass, once what is asked for of the output's gradient is written down.
-Tensor begin(AutogradContext* ctx, const Tensor& g, const Tensor& given_rows) {
+// The row set of a backward pass, once what is asked for of the output's gradient is written down; and that gradient, of
+// the examples that take part, where it had to be looked at.
+std::pair<Tensor, optional<Tensor>> begin(AutogradContext* ctx, const Tensor& g, const Tensor& given_rows) {
   const auto& kept = ctx->saved_data;
   const auto buffer = [&](const char* name) {
     const auto found = kept.find(name);
     return found == kept.end() ? optional<Tensor>() : optional<Tensor>(found->second.toTensor());
   };
-  const optional<Tensor> chosen = buffer("chosen");
+  const optional<Tensor> chosen = buffer("chosen"), examples = buffer("examples");
   optional<Tensor> seen = buffer("seen");
   if (!seen && !chosen) {
-    return given_rows;
+    return {given_rows, {}};
   }
   // Operators, as a compiler traces this.
+  optional<Tensor> g_kept;
+  if (examples) {
+    const Tensor g_BO = g.reshape_symint({-1, g.sym_size(-1)});
+    const c10::SymInt each = g_BO.sym_size(0) / kept.at("num_examples").toSymInt();
+    if (kept.at("packed").toStringRef() == "rows") {
+      g_kept = g_BO.slice_symint(0, 0, examples->sym_size(0) * each);
+    } else if (each == 1) {
+      g_kept = g_BO.index_select(0, *examples);
+    } else {
+      const c10::SymIntArrayRef sizes = {kept.at("num_examples").toSymInt(), each, g_BO.sym_size(1)};
+      g_kept = g_BO.reshape_symint(sizes).index_select(0, *examples).reshape_symint({-1, g_BO.sym_size(1)});
+    }
+  }
+  const Tensor& looked_at = g_kept ? *g_kept : g;
   static const auto observe = find_op<void(Tensor&, const Tensor&, const optional<Tensor>&)>("rwfx::observe_");
   static const auto top = find_op<Tensor(const Tensor&, c10::SymInt)>("rwfx::top_rows");
   static const auto record = find_op<void(Tensor&, const Tensor&)>("rwfx::record_");
   const bool all_seen = seen && kept.at("seen_all").toBool();
   Tensor rows = given_rows;
   if (all_seen) {
-    observe.call(*seen, g, {});
+    observe.call(*seen, looked_at, {});
   }
   if (chosen) {
-    rows = top.call(all_seen ? *seen : g, given_rows.sym_size(0));
+    rows = top.call(all_seen ? *seen : looked_at, given_rows.sym_size(0));
     Tensor written = *chosen;
     record.call(written, rows);
   }
   if (seen && !all_seen) {
-    observe.call(*seen, g, rows);
+    observe.call(*seen, looked_at, rows);
   }
-  return rows;
+  return {rows, g_kept};
 }
+
+// That of `backward`, whose number of examples a compiler may not know.
+using BackwardOp = Gradients(
+    const Tensor&,
+    const optional<Tensor>&,
+    const optional<Tensor>&,
+    const optional<Tensor>&,
+    const Tensor&,
+    const optional<Tensor>&,
+    const optional<Tensor>&,
+    bool,
+    at::ScalarType,
+    at::ScalarType,
+    bool,
+    std::string_view,
+    std::string_view,
+    bool,
+    const optional<Tensor>&,
+    c10::SymInt,
+    std::string_view,
+    const optional<Tensor>&);
 
 class RowLinear : public torch::autograd::Function<RowLinear> {
  public:
@@ -477,8 +606,17 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
       const optional<Tensor>& scale,
       const optional<Tensor>& seen,
       bool seen_all,
-      const optional<Tensor>& chosen) {
+      const optional<Tensor>& chosen,
+      const optional<Tensor>& examples,
+      const c10::SymInt& num_examples,
+      std::string_view packed) {
     check(weight, rows, scale, seen, chosen, kept_weight || kept_bias);
+    if (examples) {
+      check_examples(x, *examples, num_examples);
+      ctx->saved_data["examples"] = *examples;
+    }
+    ctx->saved_data["num_examples"] = num_examples;
+    ctx->saved_data["packed"] = std::string(packed);
     const Activation* of = activation_of(activation);
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor a = of ? of->forward(x) : x;
@@ -531,13 +669,15 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
     const auto given = [&](size_t k, bool wanted) {
       return wanted && saved[k].defined() ? optional<Tensor>(saved[k]) : optional<Tensor>();
     };
-    static const auto op = find_op<decltype(rwfx::backward)>("rwfx::row_linear_backward");
+    static const auto op = find_op<BackwardOp>("rwfx::row_linear_backward");
+    const auto [rows, g_kept] = begin(ctx, gradients[0], saved[3]);
+    const auto examples = ctx->saved_data.find("examples");
     const auto [dx, dw, db] = op.call(
         gradients[0],
         given(0, kept ? of_kept_weight : of_weight),
         given(1, needs_x),
         given(2, needs_x),
-        begin(ctx, gradients[0], saved[3]),
+        rows,
         given(4, true),
         given(5, true),
         kept ? of_kept_bias : of_bias,
@@ -546,8 +686,12 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         ctx->saved_data["full_dx"].toBool(),
         grad,
         ctx->saved_data["activation"].toStringRef(),
-        ctx->saved_data["direct"].toBool());
-    variable_list all(16);
+        ctx->saved_data["direct"].toBool(),
+        examples == ctx->saved_data.end() ? optional<Tensor>() : optional<Tensor>(examples->second.toTensor()),
+        ctx->saved_data["num_examples"].toSymInt(),
+        ctx->saved_data["packed"].toStringRef(),
+        g_kept);
+    variable_list all(19);
     all[0] = dx;
     all[kept ? 3 : 1] = dw;
     all[kept ? 4 : 2] = db;
@@ -571,10 +715,13 @@ Tensor row_linear(
     const optional<Tensor>& scale,
     const optional<Tensor>& seen,
     bool seen_all,
-    const optional<Tensor>& chosen) {
+    const optional<Tensor>& chosen,
+    const optional<Tensor>& examples,
+    c10::SymInt num_examples,
+    std::string_view packed) {
   return RowLinear::apply(
       x, weight, bias, kept_weight, kept_bias, rows, columns, dx, grad, dtype, activation, direct, scale, seen,
-      seen_all, chosen);
+      seen_all, chosen, examples, num_examples, packed);
 }
 
 }  // namespace

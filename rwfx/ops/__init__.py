@@ -4,6 +4,7 @@ They know tensors and row sets, and nothing of graphs or models.
 """
 
 from rwfx import native
+from rwfx.ops.examples import pick_examples
 from rwfx.ops.linear import masked_linear, row_linear
 from rwfx.ops.magnitude import draw_by_norm
 from rwfx.ops.observe import observe_, record_, top_rows
@@ -17,6 +18,7 @@ __all__ = [
     "masked_linear",
     "observe_",
     "pack_rows",
+    "pick_examples",
     "record_",
     "remember",
     "row_linear",

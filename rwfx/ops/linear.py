@@ -28,7 +28,7 @@ _library.define(
     "row_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rows, str dx='rows', str grad='dense', "
     "ScalarType? dtype=None, Tensor? kept_weight=None, Tensor? kept_bias=None, Tensor? columns=None, "
     "str activation='', bool direct=False, Tensor? scale=None, Tensor? seen=None, bool seen_all=True, "
-    "Tensor? chosen=None) -> Tensor"
+    "Tensor? chosen=None, Tensor? examples=None, SymInt num_examples=0, str packed='') -> Tensor"
 )
 _library.define(
     "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rows, str dx='rows', str grad='dense', "
@@ -54,6 +54,9 @@ def row_linear(
     seen: Tensor | None = None,
     seen_all: bool = True,
     chosen: Tensor | None = None,
+    examples: Tensor | None = None,
+    num_examples: int = 0,
+    packed: str = "",
 ) -> Tensor:
     """``y = a @ weight.T + bias``, ``a = activation(x)``; the backward computes only ``rows`` of the weight's gradient.
 
@@ -81,23 +84,31 @@ def row_linear(
             the others. That may be left out then, which is to say zero. Not used with ``dx="full"``.
         activation: ``"relu"``, ``"gelu"``, ``"silu"``, ``"tanh"``, ``"sigmoid"`` of ``torch.nn.functional``, or empty
             for ``a = x``. Its backward too is confined to ``columns``.
-        direct: a promise, beside ``columns``, that the gradient of ``x`` goes to another ``row_linear`` and to nothing
-            else. It may then be laid out by columns, and hold anything in the others.
+        direct: a promise, beside ``columns`` or ``examples``, that the gradient of ``x`` goes to another ``row_linear``
+            and to nothing else. It may then be laid out by columns, and hold anything where that does not look.
         scale: ``(K,)``, floating point: a factor for each kept row's output gradient. It has no gradient itself.
         seen: ``(O,)`` float32, which the backward pass overwrites with the magnitudes of the rows of ``g``, as
             ``rwfx.ops.observe_`` does; several calls may share one, and the last to run is seen.
         seen_all: whether ``seen`` gets all rows, or only those of the set.
         chosen: ``(O + 1,)`` int64. The backward pass chooses the row set then, ``R = rwfx.ops.top_rows(g, K)``, and
             writes it here by ``rwfx.ops.record_``. Of ``rows`` only the length counts.
+        examples: ``(E,)`` int64, sorted, no repeats: which of ``num_examples`` take part in the backward pass. The
+        others
+            count as if their ``g`` were zero, and are not looked at. They may be written until that begins
+            (``rwfx.ops.pick_examples``). The leading dimensions, flattened, hold the examples one after the other, each
+            with as many places.
+        packed: what ``direct`` is for ``examples``, of ``g``: a promise that it comes from another ``row_linear`` with
+            ``direct`` and the same examples, which may then have left out the others, ``"rows"``, or moreover all
+            columns but ``rows``, ``"columns"``.
 
     What needs no gradient (a frozen weight, the model's input) costs nothing in the backward pass. With ``chosen``, or
     with ``seen`` and ``seen_all``, that reads every column of ``g``; else no others than ``rows``, but with
     ``dx="full"``.
 
     Raises:
-        ValueError: ``rows`` is not int64 or not one-dimensional; no such activation; ``scale``, ``seen`` or ``chosen``
-            has another type or shape; ``chosen`` beside ``scale``, ``kept_weight`` or ``kept_bias``, which belong to
-            rows that are known before.
+        ValueError: ``rows`` is not int64 or not one-dimensional; no such activation; ``scale``, ``seen``, ``chosen`` or
+            ``examples`` has another type or shape; the places of ``x`` cannot be dealt to ``num_examples``; ``chosen``
+            beside ``scale``, ``kept_weight`` or ``kept_bias``, which belong to rows that are known before.
     """
     return torch.ops.rwfx.row_linear.default(
         x,
@@ -116,6 +127,9 @@ def row_linear(
         seen,
         seen_all,
         chosen,
+        examples,
+        num_examples,
+        packed,
     )
 
 
@@ -188,11 +202,16 @@ class _Linear(torch.autograd.Function):
         seen=None,
         seen_all=True,
         chosen=None,
+        examples=None,
+        num_examples=0,
+        packed="",
     ):
         _check(weight, rows, scale, seen, chosen, kept_weight is not None or kept_bias is not None)
+        if examples is not None:
+            _check_examples(x, examples, num_examples)
         ctx.activation = _activation(activation)
         a = ctx.activation.forward(x) if ctx.activation else x
-        ctx.kept = kept_weight is not None
+        ctx.shared, ctx.others = kept_weight is not None, 10
         trained = (weight if kept_weight is None else kept_weight).requires_grad
         activated = (x if ctx.activation.of_input else a) if ctx.activation and x.requires_grad else None
         # Only what the backward pass reads.
@@ -200,6 +219,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(a if trained else None, activated, weight_read, rows, columns, scale)
         # Not saved: autograd would refuse a buffer that another call's backward pass has written since.
         ctx.seen, ctx.seen_all, ctx.chosen = seen, seen_all, chosen
+        ctx.examples, ctx.num_examples = examples, num_examples
         ctx.dx, ctx.grad, ctx.x_dtype, ctx.dtype = dx, grad, x.dtype, weight.dtype
         # Not an operator of ours, so that a compiler sees a product like any other.
         return _product(a, weight, bias, dtype)
@@ -209,7 +229,7 @@ class _Linear(torch.autograd.Function):
         """The output's gradient as a matrix, and the row set."""
         if torch.is_grad_enabled():
             raise RuntimeError("rwfx::row_linear has no second derivative: leave create_graph=True out.")
-        g_BO, rows = g.reshape(-1, g.shape[-1]), ctx.saved_tensors[3]
+        g_BO, rows = _Linear.kept(ctx, g), ctx.saved_tensors[3]
         size_O = None
         if ctx.seen is not None and ctx.seen_all:
             observe_(ctx.seen, g_BO)
@@ -222,6 +242,14 @@ class _Linear(torch.autograd.Function):
         return g_BO, rows
 
     @staticmethod
+    def kept(ctx, x):
+        """``x`` as a matrix, of the examples that take part."""
+        x_BI = x.reshape(-1, x.shape[-1])
+        if ctx.examples is None:
+            return x_BI
+        return x_BI.index_select(0, places_of(ctx.examples, x_BI.shape[0] // ctx.num_examples))
+
+    @staticmethod
     def through_activation(ctx, da_BI, activated_BI):
         da_BI = da_BI.to(ctx.x_dtype)
         return ctx.activation.backward(da_BI, activated_BI) if ctx.activation else da_BI
@@ -229,14 +257,19 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def gradients(ctx, g, dx, dw, db):
         if dx is not None:
+            if ctx.examples is not None:
+                num_places = g.shape[:-1].numel()
+                places = places_of(ctx.examples, num_places // ctx.num_examples)
+                dx = dx.new_zeros(num_places, dx.shape[-1]).index_copy(0, places, dx)
             dx = dx.reshape(*g.shape[:-1], dx.shape[-1])
-        return (dx, *[None] * 6, dw, db, *[None] * 7) if ctx.kept else (dx, dw, db, *[None] * 13)
+        none = [None] * ctx.others
+        return (dx, *[None] * 6, dw, db, *none) if ctx.shared else (dx, dw, db, *[None] * 6, *none)
 
     @staticmethod
     def needs(ctx):
         # An argument with its default may not have been passed: kept_bias, for one.
         needs = *ctx.needs_input_grad, False
-        return needs[0], *(needs[7:9] if ctx.kept else needs[1:3])
+        return needs[0], *(needs[7:9] if ctx.shared else needs[1:3])
 
 
 class _RowLinear(_Linear):
@@ -252,7 +285,7 @@ class _RowLinear(_Linear):
 
         def of_parameter(values):
             values = values.to(ctx.dtype)
-            if ctx.kept:
+            if ctx.shared:
                 return values
             if ctx.grad == "rows":
                 return pack_rows(values, rows, num_rows)
@@ -260,7 +293,7 @@ class _RowLinear(_Linear):
 
         dx = dw = db = None
         if needs_x:
-            activated_BI = None if activated is None else activated.reshape(-1, weight.shape[1])
+            activated_BI = None if activated is None else _Linear.kept(ctx, activated)
             if ctx.dx == "full":
                 dx = _Linear.through_activation(ctx, g_BO @ weight.to(g.dtype), activated_BI)
             elif columns is None:
@@ -271,7 +304,7 @@ class _RowLinear(_Linear):
                 dx_BC = _Linear.through_activation(ctx, g_BK @ w_KC, activated_BC)
                 dx = dx_BC.new_zeros(len(g_BK), weight.shape[1]).index_copy(1, columns, dx_BC)
         if needs_weight:
-            dw = of_parameter(g_BK.t() @ a.reshape(-1, a.shape[-1]).to(g.dtype))
+            dw = of_parameter(g_BK.t() @ _Linear.kept(ctx, a).to(g.dtype))
         if needs_bias:
             db = of_parameter(g_BK.sum(0))
         return _Linear.gradients(ctx, g, dx, dw, db)
@@ -295,7 +328,9 @@ class _MaskedLinear(_Linear):
         seen_all=True,
     ):
         shared = x, weight, bias, rows, dx, grad, dtype, kept_weight, kept_bias
-        return _Linear.forward(ctx, *shared, scale=scale, seen=seen, seen_all=seen_all)
+        y = _Linear.forward(ctx, *shared, scale=scale, seen=seen, seen_all=seen_all)
+        ctx.others = 3
+        return y
 
     @staticmethod
     def backward(ctx, g):
@@ -311,7 +346,7 @@ class _MaskedLinear(_Linear):
 
         def of_parameter(dense):
             dense = dense.to(ctx.dtype)
-            if ctx.kept:
+            if ctx.shared:
                 return dense.index_select(0, rows)
             if ctx.grad == "rows":
                 return take_rows(dense, rows)
@@ -360,6 +395,25 @@ def _check(
             )
 
 
+def _check_examples(x: Tensor, examples: Tensor, num_examples: int) -> None:
+    if examples.dtype != torch.int64 or examples.dim() != 1:
+        raise ValueError(
+            f"examples must be a one-dimensional int64 tensor, got {examples.dtype} of shape {tuple(examples.shape)}."
+        )
+    places = x.shape[:-1].numel()
+    torch._check_value(
+        num_examples > 0 and places % num_examples == 0,
+        lambda: f"the {places} places of x (its leading dimensions) cannot be dealt to {num_examples} examples.",
+    )
+
+
+def places_of(examples: Tensor, each: int) -> Tensor:
+    """The places of ``examples`` among the flattened leading dimensions, where every example has ``each``."""
+    if each == 1:
+        return examples
+    return (examples[:, None] * each + torch.arange(each, device=examples.device)).flatten()
+
+
 def _activation(name: str) -> Activation | None:
     if name and name not in ACTIVATIONS:
         raise ValueError(f"activation must be {', '.join(ACTIVATIONS)} or empty, got {name}.")
@@ -405,12 +459,29 @@ def _in_autocast(op, device: str):
 _library.define(
     "row_linear_backward(Tensor g, Tensor? a, Tensor? activated, Tensor? weight, Tensor rows, Tensor? columns, "
     "Tensor? scale, bool needs_bias, ScalarType x_dtype, ScalarType dtype, bool full_dx, str grad, str activation, "
-    "bool direct) -> (Tensor, Tensor, Tensor)"
+    "bool direct, Tensor? examples, SymInt num_examples, str packed, Tensor? g_kept) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.register_fake("rwfx::row_linear_backward")
-def _(g, a, activated, weight, rows, columns, scale, needs_bias, x_dtype, dtype, full_dx, grad, activation, direct):
+def _(
+    g,
+    a,
+    activated,
+    weight,
+    rows,
+    columns,
+    scale,
+    needs_bias,
+    x_dtype,
+    dtype,
+    full_dx,
+    grad,
+    activation,
+    direct,
+    examples,
+    *_,
+):
     let_inductor_compare_sparse()
 
     def of_parameter(*features):
@@ -422,7 +493,7 @@ def _(g, a, activated, weight, rows, columns, scale, needs_bias, x_dtype, dtype,
     dx = None
     if weight is not None:
         dx = g.new_empty((*g.shape[:-1], weight.shape[1]), dtype=x_dtype)
-        if direct and columns is not None and not full_dx:
+        if direct and columns is not None and not full_dx and examples is None:
             dx = g.new_empty((weight.shape[1], *g.shape[:-1]), dtype=x_dtype).movedim(0, -1)
     return dx, None if a is None else of_parameter(a.shape[-1]), of_parameter() if needs_bias else None
 

@@ -69,7 +69,7 @@ def draw_by_norm(
         chances, order = chances.clone(), order.clone()
     u = uniform(key, torch.tensor(len(sizes), device=last.device), torch.arange(len(sizes), device=last.device))
     parts = zip(chances.split(sizes), order.split(sizes), u.unbind(), counts, strict=True)
-    rows = [_systematic(*part) for part in parts]
+    rows = [systematic(*part) for part in parts]
     numbered = [part + first for part, first in zip(rows, accumulate(sizes, initial=0), strict=False)]
     bounds = torch.tensor([*accumulate(counts, initial=0)], device=last.device)
     next_ = torch.cat([bounds, *numbered, last.new_zeros(sum(sizes) - sum(counts))])
@@ -106,7 +106,8 @@ def inclusion_probabilities(size_O: Tensor, count: int) -> Tensor:
     return (size_O * ((count - fixed) / rest_O[fixed])).clamp(max=1)
 
 
-def _systematic(p_O: Tensor, order_O: Tensor, u: Tensor, count: int) -> Tensor:
+def systematic(p_O: Tensor, order_O: Tensor, u: Tensor, count: int) -> Tensor:
+    """The rows of a systematic sample: see above."""
     ends_O = p_O[order_O].cumsum(0)
     # Rounding can carry the line's end a little past K, or short of it.
     points_K = (torch.arange(count, device=p_O.device) + u) * (ends_O[-1] / count)

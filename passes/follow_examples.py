@@ -1,0 +1,136 @@
+"""Find the linear calls whose leading dimensions hold the examples of the batch one after the other.
+
+Only such a call can leave examples out of its backward pass. Elsewhere, after a transpose of batch and sequence or an
+operation across examples, it computes with all of them.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from rwfx.capture import untouched
+from rwfx.label_rules import bare_name, operation_of
+from rwfx.passes.normalize import weight_of
+from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
+
+MARK = "follows_examples"
+
+# Within an example whatever their arguments. A batch norm is across examples; what goes through it is left out with them.
+WITHIN = POINTWISE | frozenset(
+    "linear layer_norm rms_norm group_norm instance_norm batch_norm conv1d conv2d conv3d max_pool1d max_pool2d "
+    "avg_pool1d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d embedding size getattr "
+    "getitem".split()
+)
+# Within an example where they do not act on the first dimension.
+ALONG = frozenset("softmax log_softmax cat concat mean sum amax flatten".split())
+
+
+def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[GraphModule, tuple[str, ...]]:
+    """Mark the linear calls on a parameter that follow the examples, in ``node.meta``; the graph is otherwise the same.
+
+    ``inputs``, one for each placeholder, decide by a trial: the gradient of one example's output may arrive in that
+    example's places alone. Without them, or where they are one example, only what is known to work within examples is
+    followed. Also returns a note for every call that is not marked.
+    """
+    marked = GraphModule(gm, copy.deepcopy(gm.graph))
+    calls = [node for node in marked.graph.nodes if weight_of(marked, node) is not None]
+    batch = inputs[0] if inputs else None
+    tried = isinstance(batch, Tensor) and batch.dim() > 0 and len(batch) > 1
+    following = _tried(marked, calls, inputs) if tried and inputs is not None else _known(marked)
+    notes = []
+    for node in calls:
+        if node.name in following:
+            node.meta[MARK] = True
+        else:
+            why = "its leading dimensions do not hold the examples one after the other"
+            if not tried:
+                why = "only example_inputs with two examples or more can tell where its examples are"
+            notes.append(f"{node.args[1]} computes with all examples: {why}")
+    return marked, tuple(notes)
+
+
+def _known(gm: GraphModule) -> set[str]:
+    """The nodes whose values are known to hold one example after the other."""
+    known: set[str] = set()
+    for node in gm.graph.nodes:
+        from_examples = [n for n in node.all_input_nodes if n.name in known or _varies(n)]
+        if node.op == "placeholder" or (from_examples and _is_within(gm, node) and all(n.name in known for n in from_examples)):
+            known.add(node.name)
+    return known
+
+
+def _varies(node: Node) -> bool:
+    """Whether it is no constant of the model."""
+    return node.op != "get_attr" and bool(node.all_input_nodes or node.op == "placeholder")
+
+
+def _is_within(gm: GraphModule, node: Node) -> bool:
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if isinstance(module, nn.Flatten):
+            return module.start_dim >= 1
+        if isinstance(module, nn.Softmax | nn.LogSoftmax):
+            return module.dim not in (0, None)
+        return type(module) in POINTWISE_MODULES or operation_of(module) in WITHIN
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = bare_name(node.target)
+    if name in ALONG:
+        dim = node.kwargs.get("dim", node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0))
+        dims = dim if isinstance(dim, list | tuple) else [dim]
+        return all(isinstance(d, int) and d > 0 or (d == -1 and name != "cat") for d in dims)
+    return name in WITHIN
+
+
+def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...]) -> set[str]:
+    """The calls at which the gradient of one example's output arrives in that example's places alone."""
+    num_examples = len(inputs[0])
+    outputs: dict[str, Tensor] = {}
+
+    class Calls(fx.Interpreter):
+        def run_node(self, n: Node) -> Any:
+            value = super().run_node(n)
+            if n in calls:
+                # Also where nothing before it is trained.
+                value = value.detach().clone().requires_grad_() if not value.requires_grad else value
+                outputs[n.name] = value
+            return value
+
+    norms = {path: module for path, module in gm.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
+    training = {path: module.training for path, module in norms.items()}
+    with untouched(gm), torch.enable_grad():
+        try:
+            for module in norms.values():  # across examples by intention: what goes through it is left out
+                module.training = False
+            result = Calls(gm).run(*inputs)
+        finally:
+            for path, module in norms.items():
+                module.training = training[path]
+    following = {name for name, y in outputs.items() if y.dim() > 1 and y.shape[:-1].numel() % num_examples == 0}
+    leaves = [y for y in tree_leaves(result) if isinstance(y, Tensor) and y.requires_grad and y.dim() and len(y) == num_examples]
+    for example in {0, num_examples - 1}:
+        loss = sum((y[example] * torch.randn_like(y[example])).sum() for y in leaves)
+        if not isinstance(loss, Tensor):
+            return set()
+        arrived = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, retain_graph=True)
+        for name, g in zip(outputs, arrived, strict=True):
+            if g is not None and name in following:
+                places = g.reshape(num_examples, -1).ne(0).any(1)
+                places[example] = False
+                if places.any():
+                    following.discard(name)
+    return following
+
+
+def in_order(placeholders: list[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The value of each placeholder."""
+    found = []
+    for k, node in enumerate(placeholders):
+        default = node.args[0] if node.args else None
+        found.append(args[k] if k < len(args) else kwargs.get(str(node.target), default))
+    return tuple(found)

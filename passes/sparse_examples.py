@@ -1,0 +1,88 @@
+"""Leave examples out of the backward pass: a choice at the outputs, and weighted calls that follow it."""
+
+import copy
+import operator
+from collections.abc import Collection
+from typing import Any
+
+from torch import ops
+from torch.fx import Graph, GraphModule, Node
+
+import rwfx.ops  # noqa: F401  defines the operators named below
+from rwfx.example_sampler import ExampleSampler
+from rwfx.examples import AdaptiveExamples, SampledExamples
+from rwfx.passes.follow_examples import MARK
+from rwfx.passes.normalize import weight_of
+from rwfx.passes.read_columns import ROW_LINEAR
+
+EXAMPLES = "example_sampler"  # the name of the submodule
+PICK = ops.rwfx.pick_examples.default
+
+
+def sparse_examples(gm: GraphModule, sampler: ExampleSampler) -> GraphModule:
+    """Let the outputs choose the examples of a step, and the linear calls that follow the examples compute with these
+    alone.
+
+    ``gm`` may have row-sparse calls; other linear calls become such with a set of all their rows. Which ones follow
+    the examples ``follow_examples`` has marked. The outputs are unchanged, bit for bit. The gradients are those of a
+    network in which, behind each of these calls and behind the outputs, the gradient of a dropped example is zero.
+    """
+    confined = GraphModule(gm, copy.deepcopy(gm.graph))
+    confined.add_module(EXAMPLES, sampler)
+    graph = confined.graph
+    batch = batch_of(graph)
+    assert batch is not None
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        num_examples = graph.call_method("size", (batch, 0))
+        made = graph.call_module(EXAMPLES, (num_examples,))
+        kept = graph.create_node("call_function", operator.getitem, (made, 0), name="kept_examples")
+        state = graph.create_node("call_function", operator.getitem, (made, 1), name="examples_state")
+    told = {"examples": kept, "num_examples": num_examples}
+    calls = set()
+    for node in list(graph.nodes):
+        if not node.meta.get(MARK):
+            continue
+        if node.target is ROW_LINEAR:
+            node.kwargs = {**node.kwargs, **told}
+            calls.add(node)
+        elif (weight := weight_of(confined, node)) is not None:
+            sampler.add_rows(len(weight))
+            with graph.inserting_before(node):
+                rows = graph.get_attr(f"{EXAMPLES}.all_rows.{len(weight)}")
+                arguments = (*node.args, *[None] * (3 - len(node.args)), rows)
+                call = graph.create_node("call_function", ROW_LINEAR, arguments, told, name=node.name)
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+            calls.add(call)
+    _pick(confined, sampler, calls, kept, num_examples, state)
+    graph.lint()
+    confined.recompile()
+    return confined
+
+
+def batch_of(graph: Graph) -> Node | None:
+    """The input whose first dimension counts the examples: the first."""
+    return next((node for node in graph.nodes if node.op == "placeholder"), None)
+
+
+def _pick(
+    gm: GraphModule, sampler: ExampleSampler, calls: Collection[Node], kept: Node, num_examples: Node, state: Node
+) -> None:
+    """Send all outputs through the operator that chooses."""
+    graph = gm.graph
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    outputs = [node for node in output.all_input_nodes if node.op not in ("placeholder", "get_attr")]
+    options: dict[str, Any] = dict(sampler.options)
+    if isinstance(sampler.policy, SampledExamples):
+        options["state"] = state
+    with graph.inserting_before(output):
+        if isinstance(sampler.policy, AdaptiveExamples):
+            options["needed"] = graph.get_attr(f"{EXAMPLES}.needed")
+        options["whole"] = all(node in calls and list(node.users) == [output] for node in outputs)
+        picked = graph.call_function(PICK, (outputs, kept, num_examples), options)
+        items = [graph.call_function(operator.getitem, (picked, k)) for k in range(len(outputs))]
+    for node, item in zip(outputs, items, strict=True):
+        output.replace_input_with(node, item)
+
