@@ -37,15 +37,16 @@ class ExampleSampler(KeepsTypes):
         """A blank list of a step's examples, and the state by which they are drawn."""
         if not torch.is_grad_enabled():
             return torch.empty(0, dtype=torch.int64, device=self.state.device), self.state
-        state = self.state.clone()
-        self.state[1:].add_(1)
+        state = self.state
+        if isinstance(self.policy, SampledExamples):
+            state = self.state.clone()
+            self.state[1:].add_(1)
+        fractions, count = [], 0
         if isinstance(self.policy, AdaptiveExamples):
-            blank = torch.ops.rwfx.blank_examples.default(self.needed, num_examples, list(self.policy.fractions))
+            fractions = list(self.policy.fractions)
         else:
             count = kept_of(self.policy.fraction, num_examples)
-            blank = torch.full((count,), -1, dtype=torch.int64, device=self.state.device)
-        self.last[0].fill_(blank.shape[0])
-        self.last[1].fill_(num_examples)
+        blank = torch.ops.rwfx.blank_examples.default(self.last, self.needed, num_examples, count, fractions)
         return blank, state
 
     def add_rows(self, count: int) -> None:

@@ -1,6 +1,6 @@
 // rwfx::draw_by_norm on the CPU: the rule of rwfx/ops/magnitude.py, and its rows up to the rounding of sums.
 
-#include "random.h"
+#include "draw.h"
 #include "rows.h"
 
 #include <ATen/ops/empty_like.h>
@@ -17,36 +17,6 @@ namespace {
 
 using at::Tensor;
 
-// min(1, c * size) in place, with c such that they add up to `count`.
-void to_chances(double* size, int64_t rows, int64_t count) {
-  double largest = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    size[r] = std::isfinite(size[r]) && size[r] > 0 ? size[r] : 0;
-    largest = std::max(largest, size[r]);
-  }
-  // A row that no size draws still takes part where the others are too few.
-  const double least = largest > 0 ? largest * 1e-9 : 1;
-  for (int64_t r = 0; r < rows; ++r) {
-    size[r] = std::max(size[r], least);
-  }
-  if (count >= rows) {
-    std::fill(size, size + rows, 1.0);
-    return;
-  }
-  std::vector<double> sorted(size, size + rows), rest(rows);
-  std::sort(sorted.begin(), sorted.end(), std::greater<>());
-  std::partial_sum(sorted.rbegin(), sorted.rend(), rest.rbegin());
-  // With the `fixed` largest at 1, the others share the remaining count: the fewest for which none is above 1.
-  int64_t fixed = 0;
-  while (fixed < rows && sorted[fixed] * static_cast<double>(count - fixed) > rest[fixed]) {
-    ++fixed;
-  }
-  const double factor = static_cast<double>(count - fixed) / rest[fixed];
-  for (int64_t r = 0; r < rows; ++r) {
-    size[r] = std::min(1.0, size[r] * factor);
-  }
-}
-
 // Norms to the power, over the largest first: the power of a large one would overflow.
 void norms(const Tensor& weight, double power, double* out) {
   const Tensor given = at::linalg_vector_norm(weight.flatten(1), 2, {1}).to(at::kDouble).contiguous();
@@ -58,24 +28,6 @@ void norms(const Tensor& weight, double power, double* out) {
   for (int64_t r = 0; r < given.numel(); ++r) {
     out[r] = std::pow(norm[r] / largest, power);
   }
-}
-
-// Whether u, u + 1, ..., each times the line's length over count, fall on a row when all are laid end to end in order.
-void systematic(const double* p, const int64_t* order, int64_t rows, double u, int64_t count, int64_t* out) {
-  std::vector<double> ends(rows);
-  double end = 0;
-  for (int64_t k = 0; k < rows; ++k) {
-    ends[k] = end += p[order[k]];
-  }
-  int64_t at = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const double point = (static_cast<double>(k) + u) * (end / static_cast<double>(count));
-    while (at < rows - 1 && ends[at] <= point) {
-      ++at;
-    }
-    out[k] = order[at];
-  }
-  std::sort(out, out + count);
 }
 
 std::vector<Tensor> draw_by_norm(
@@ -121,12 +73,8 @@ std::vector<Tensor> draw_by_norm(
       if (anew) {
         norms(weights[k], power, p);
         to_chances(p, rows, count);
-        std::vector<int64_t> key(rows);
-        for (int64_t r = 0; r < rows; ++r) {
-          key[r] = static_cast<int64_t>(uniform.bits(k, r));
-        }
-        std::iota(places, places + rows, 0);
-        std::sort(places, places + rows, [&](int64_t a, int64_t b) { return key[a] < key[b]; });
+        const std::vector<int64_t> anew_order = random_order(uniform, k, rows);
+        std::copy(anew_order.begin(), anew_order.end(), places);
       }
       systematic(p, places, rows, uniform(num_weights, k), count, row);
     }

@@ -27,8 +27,10 @@ _library.define(
     "pick_examples(Tensor[] outputs, Tensor kept, SymInt num_examples, Tensor? state=None, float floor=0., bool "
     "unbiased=False, Tensor? needed=None, float share=1., float memory=0., bool whole=False) -> Tensor[]"
 )
-_library.define("draw_by_size(Tensor size, SymInt count, Tensor state) -> (Tensor, Tensor)")
-_library.define("blank_examples(Tensor needed, SymInt num_examples, float[] fractions) -> Tensor")
+_library.define("draw_by_size(Tensor size, SymInt count, Tensor state, float floor=0.) -> (Tensor, Tensor)")
+_library.define(
+    "blank_examples(Tensor(a!) last, Tensor needed, SymInt num_examples, SymInt count, float[] fractions) -> Tensor"
+)
 _library.define("note_needed_(Tensor(a!) needed, Tensor size, float share, float memory) -> ()")
 
 
@@ -106,12 +108,7 @@ class _Pick(torch.autograd.Function):
         if ctx.state is None:
             chosen = top_rows(size_B, kept.shape[0])
         else:
-            weight_B = size_B
-            if floor:
-                total = size_B.sum()
-                by_size = torch.where(total > 0, size_B / total, 1 / size_B.shape[0])
-                weight_B = (1 - floor) * by_size + floor / size_B.shape[0]
-            chosen, chance_E = torch.ops.rwfx.draw_by_size.default(weight_B, kept.shape[0], ctx.state)
+            chosen, chance_E = torch.ops.rwfx.draw_by_size.default(size_B, kept.shape[0], ctx.state, floor)
         kept.copy_(chosen)
         scale_E = 1 / chance_E if unbiased and chance_E is not None else None
 
@@ -149,13 +146,15 @@ _library.impl("pick_examples", _pick, "Autograd")
 _library.impl("pick_examples", _pick_without_gradient, "CompositeExplicitAutograd")
 
 
-def _draw_by_size(size: Tensor, count: int, state: Tensor) -> tuple[Tensor, Tensor]:
+def _draw_by_size(size: Tensor, count: int, state: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     key = mix(state[0], state[1]).to(size.device)
     size_B = size.double()
     # One that is not finite comes first, so that a gradient that is nan reaches the weights.
     finite = size_B.isfinite()
     largest = torch.where(finite, size_B, 0.0).amax()
     size_B = torch.where(finite, size_B, largest.clamp(min=1.0) * 1e9)
+    total = size_B.sum()
+    size_B = (1 - floor) * torch.where(total > 0, size_B / total, 1 / len(size_B)) + floor / len(size_B)
     chance_B = inclusion_probabilities(size_B, count)
     places = torch.arange(len(size_B), device=size.device)
     order_B = bits(key, _ORDER, places).argsort()
@@ -170,15 +169,20 @@ _library.impl("draw_by_size", _draw_by_size, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rwfx::draw_by_size", lib=_library)
-def _(size, count, state):
+def _(size, count, state, floor=0.0):
     return size.new_empty((count,), dtype=torch.int64), size.new_empty((count,), dtype=torch.float32)
 
 
-def _blank_examples(needed: Tensor, num_examples: int, fractions: list[float]) -> Tensor:
-    """The smallest of ``fractions``, rising, that is not below ``needed``; the largest if none is."""
-    wanted = float(needed)
-    fraction = next((f for f in fractions if f >= wanted), fractions[-1])
-    count = max(1, math.ceil(fraction * num_examples * (1 - 1e-9)))
+def _blank_examples(last: Tensor, needed: Tensor, num_examples: int, count: int, fractions: list[float]) -> Tensor:
+    """``(count,)`` of -1; or, with ``fractions``, rising, as many as the smallest that is not below ``needed``.
+
+    ``last`` ``(2,)`` int64 is told their number, and that of the examples.
+    """
+    if fractions:
+        wanted = float(needed)
+        fraction = next((f for f in fractions if f >= wanted), fractions[-1])
+        count = max(1, math.ceil(fraction * num_examples * (1 - 1e-9)))
+    last.copy_(torch.tensor([count, num_examples]))
     return torch.full((count,), -1, dtype=torch.int64, device=needed.device)
 
 
@@ -186,9 +190,10 @@ _library.impl("blank_examples", _blank_examples, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rwfx::blank_examples", lib=_library)
-def _(needed, num_examples, fractions):
-    shape_env = torch.library.get_ctx()._shape_env
-    return needed.new_empty((allocate_size(shape_env, 1, num_examples),), dtype=torch.int64)
+def _(last, needed, num_examples, count, fractions):
+    if fractions:
+        count = allocate_size(torch.library.get_ctx()._shape_env, 1, num_examples)
+    return needed.new_empty((count,), dtype=torch.int64)
 
 
 def _note_needed(needed: Tensor, size: Tensor, share: float, memory: float) -> None:
