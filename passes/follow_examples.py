@@ -20,14 +20,18 @@ from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
 
 MARK = "follows_examples"
 
-# Within an example whatever their arguments. A batch norm is across examples; what goes through it is left out with them.
+# Within an example whatever their arguments. A batch norm is across examples; what goes through it is left out with
+# them.
 WITHIN = POINTWISE | frozenset(
-    "linear layer_norm rms_norm group_norm instance_norm batch_norm conv1d conv2d conv3d max_pool1d max_pool2d "
-    "avg_pool1d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d embedding size getattr "
-    "getitem".split()
+    name
+    for names in (
+        "linear layer_norm rms_norm group_norm instance_norm batch_norm conv1d conv2d conv3d max_pool1d max_pool2d",
+        "avg_pool1d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d embedding size",
+    )
+    for name in names.split()
 )
 # Within an example where they do not act on the first dimension.
-ALONG = frozenset("softmax log_softmax cat concat mean sum amax flatten".split())
+ALONG = frozenset(["softmax", "log_softmax", "cat", "concat", "mean", "sum", "amax", "flatten"])
 
 
 def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[GraphModule, tuple[str, ...]]:
@@ -47,10 +51,12 @@ def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[Gr
         if node.name in following:
             node.meta[MARK] = True
         else:
+            weight = node.args[1]
+            assert isinstance(weight, Node)
             why = "its leading dimensions do not hold the examples one after the other"
             if not tried:
                 why = "only example_inputs with two examples or more can tell where its examples are"
-            notes.append(f"{node.args[1]} computes with all examples: {why}")
+            notes.append(f"{weight.target} computes with all examples: {why}")
     return marked, tuple(notes)
 
 
@@ -59,7 +65,9 @@ def _known(gm: GraphModule) -> set[str]:
     known: set[str] = set()
     for node in gm.graph.nodes:
         from_examples = [n for n in node.all_input_nodes if n.name in known or _varies(n)]
-        if node.op == "placeholder" or (from_examples and _is_within(gm, node) and all(n.name in known for n in from_examples)):
+        if node.op == "placeholder" or (
+            from_examples and _is_within(gm, node) and all(n.name in known for n in from_examples)
+        ):
             known.add(node.name)
     return known
 
@@ -83,7 +91,7 @@ def _is_within(gm: GraphModule, node: Node) -> bool:
     if name in ALONG:
         dim = node.kwargs.get("dim", node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0))
         dims = dim if isinstance(dim, list | tuple) else [dim]
-        return all(isinstance(d, int) and d > 0 or (d == -1 and name != "cat") for d in dims)
+        return all((isinstance(d, int) and d > 0) or (d == -1 and name != "cat") for d in dims)
     return name in WITHIN
 
 
@@ -111,8 +119,17 @@ def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...]) -> set[s
         finally:
             for path, module in norms.items():
                 module.training = training[path]
+        return _apart(result, outputs, num_examples)
+
+
+def _apart(result: Any, outputs: Mapping[str, Tensor], num_examples: int) -> set[str]:
+    """Of ``outputs``, those in whose places the gradient of one example's ``result`` arrives alone."""
     following = {name for name, y in outputs.items() if y.dim() > 1 and y.shape[:-1].numel() % num_examples == 0}
-    leaves = [y for y in tree_leaves(result) if isinstance(y, Tensor) and y.requires_grad and y.dim() and len(y) == num_examples]
+    leaves = [
+        y
+        for y in tree_leaves(result)
+        if isinstance(y, Tensor) and y.requires_grad and y.dim() and len(y) == num_examples
+    ]
     for example in {0, num_examples - 1}:
         loss = sum((y[example] * torch.randn_like(y[example])).sum() for y in leaves)
         if not isinstance(loss, Tensor):
