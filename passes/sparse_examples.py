@@ -11,15 +11,19 @@ from torch.fx import Graph, GraphModule, Node
 import rwfx.ops  # noqa: F401  defines the operators named below
 from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import AdaptiveExamples, SampledExamples
+from rwfx.loss_walk import LossWalkSampler
 from rwfx.passes.follow_examples import MARK
 from rwfx.passes.normalize import weight_of
 from rwfx.passes.read_columns import ROW_LINEAR
+from rwfx.passes.sample_rows import SAMPLER
+from rwfx.sampler import RowSampler
 
 EXAMPLES = "example_sampler"  # the name of the submodule
 PICK = ops.rwfx.pick_examples.default
+PICK_BY_WALKS = ops.rwfx.pick_by_walks.default
 
 
-def sparse_examples(gm: GraphModule, sampler: ExampleSampler) -> GraphModule:
+def sparse_examples(gm: GraphModule, sampler: ExampleSampler, row_sampler: RowSampler) -> GraphModule:
     """Let the outputs choose the examples of a step, and the linear calls that follow the examples compute with these
     alone.
 
@@ -56,10 +60,54 @@ def sparse_examples(gm: GraphModule, sampler: ExampleSampler) -> GraphModule:
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             calls.add(call)
-    _pick(confined, sampler, calls, kept, num_examples, state)
+    if isinstance(row_sampler, LossWalkSampler) and row_sampler.kept:
+        _pick_by_walks(confined, row_sampler, calls, kept)
+    else:
+        _pick(confined, sampler, calls, kept, num_examples, state)
     graph.lint()
     confined.recompile()
     return confined
+
+
+def _pick_by_walks(gm: GraphModule, sampler: LossWalkSampler, calls: Collection[Node], kept: Node) -> None:
+    """Send the output through the operator that draws examples and rows.
+
+    Raises:
+        ValueError: the outputs are not those of one linear call.
+    """
+    graph = gm.graph
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    outputs = [node for node in output.all_input_nodes if node.op not in ("placeholder", "get_attr")]
+    if len(outputs) != 1 or outputs[0] not in calls:
+        raise ValueError(
+            'start="loss" needs a model whose one output is that of a linear call that follows the examples.'
+        )
+    (drawn,) = (node for node in graph.nodes if node.op == "call_module" and node.target == SAMPLER)
+    sets = {node.args[1]: node for node in drawn.users}
+    with graph.inserting_after(drawn):
+        state = graph.call_function(operator.getitem, (drawn, len(sampler.kept)))
+    with graph.inserting_before(output):
+        chosen = [graph.get_attr(f"{SAMPLER}.chosen.{k}") for k in range(len(sampler.kept))]
+        tables = [graph.get_attr(f"{SAMPLER}._tables.{k}") for k in range(len(sampler._tables.tensors()))]
+        kept_weights, head, layout, *rule = sampler.walk_arguments()
+        rows = [sets[k] for k in range(len(sampler.kept))]
+        whole = list(outputs[0].users) == [output]
+        arguments = (
+            outputs[0],
+            kept,
+            rows,
+            chosen,
+            list(drawn.args),
+            kept_weights,
+            tables,
+            head,
+            layout,
+            state,
+            *rule,
+            whole,
+        )
+        picked = graph.call_function(PICK_BY_WALKS, arguments)
+    output.replace_input_with(outputs[0], picked)
 
 
 def batch_of(graph: Graph) -> Node | None:
@@ -85,4 +133,3 @@ def _pick(
         items = [graph.call_function(operator.getitem, (picked, k)) for k in range(len(outputs))]
     for node, item in zip(outputs, items, strict=True):
         output.replace_input_with(node, item)
-

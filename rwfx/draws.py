@@ -14,6 +14,7 @@ from torch import Tensor
 
 import rwfx.ops.blank_rows  # noqa: F401  defines the operator
 from rwfx.labels import WeightUse
+from rwfx.loss_walk import LossWalkSampler
 from rwfx.policies import Magnitude, Policy, RandomWalk, TopK, Uniform
 from rwfx.sampler import Buffers, RowSampler
 from rwfx.schedules import Schedule
@@ -149,9 +150,16 @@ def sampler_of(
         ValueError: the policy does not go with this model.
     """
     (kind,) = (sampler for of, sampler in SAMPLERS.items() if isinstance(policy, of))
+    if starts_at_loss(policy):
+        kind = LossWalkSampler
     sampler = kind(graph, kept, seed, policy, densities, resample_every)  # type: ignore[arg-type]
     sampler.fingerprint = zlib.crc32(b"".join(_words(policy)))
     return sampler
+
+
+def starts_at_loss(policy: Policy) -> bool:
+    """Whether its walks are drawn in the backward pass, from the gradient at the output."""
+    return isinstance(policy, RandomWalk) and isinstance(policy.start, str) and policy.start == "loss"
 
 
 def _words(of: Any) -> Iterator[bytes]:

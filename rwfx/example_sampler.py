@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rwfx.ops.examples  # noqa: F401  defines the operators
+import rwfx.ops.blank_rows
+import rwfx.ops.examples  # noqa: F401  and this others
 from rwfx.examples import AdaptiveExamples, ExamplePolicy, SampledExamples
 from rwfx.sampler import Buffers, KeepsTypes
 
@@ -39,8 +40,7 @@ class ExampleSampler(KeepsTypes):
             return torch.empty(0, dtype=torch.int64, device=self.state.device), self.state
         state = self.state
         if isinstance(self.policy, SampledExamples):
-            state = self.state.clone()
-            self.state[1:].add_(1)
+            state = torch.ops.rwfx.tick_.default(self.state)
         fractions, count = [], 0
         if isinstance(self.policy, AdaptiveExamples):
             fractions = list(self.policy.fractions)

@@ -60,7 +60,14 @@ class RandomWalk(Worded):
         start: at which rows of an output weight walks start. ``"uniform"``; ``"gradient"``, in proportion to the last
             output gradient's magnitude, sum over the batch of ``|g|``; ``"labels"``, as often as each row is a label
             given to ``sparse_model.start_from(labels)`` before the forward (a classifier's head, a vocabulary); or a
-            weight per row, for several output weights by their names.
+            weight per row, for several output weights by their names. ``"loss"`` is the walk in full, with
+            ``transform(examples=...)``: walks start at pairs of an example ``b`` and an output unit ``o``,
+
+                p(b) ~ sum over o of |g[b, o]|        p(o | b) ~ |g[b, o]| ** (1 / temperature)        g = dL/dy
+
+            so that one draw, in the backward pass, gives the examples and, through the weights, the rows; the other
+            starts are what is left of it where the examples are all kept and ``g`` is not yet known. It needs a
+            ``density``, and a model whose outputs are those of one linear call.
         unbiased: divide a row's output gradient by the probability with which the row is in its set, so that the
             expected gradient is the dense one. The probability is exact: that of the drawn walks, given where they
             stood one weight above. It needs a model whose weights form a tree (no residual additions, no weight used
@@ -107,7 +114,7 @@ class RandomWalk(Worded):
             )
 
 
-STARTS = ("uniform", "gradient", "labels")
+STARTS = ("uniform", "gradient", "labels", "loss")
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,9 +18,9 @@ from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
 from rwfx.capture import Capture, capture, shared_copy, split_inputs
 from rwfx.choose import densities_of, lines_of, weigh, with_sources
-from rwfx.draws import sampler_of
+from rwfx.draws import sampler_of, starts_at_loss
 from rwfx.example_sampler import ExampleSampler
-from rwfx.examples import ExamplePolicy, example_policy
+from rwfx.examples import ExamplePolicy, TopExamples, example_policy
 from rwfx.passes.follow_examples import MARK, follow_examples, in_order
 from rwfx.passes.normalize import normalize
 from rwfx.passes.read_columns import read_columns
@@ -106,6 +106,12 @@ def transform(
 
     if of_examples is not None and mode == "masked":
         raise ValueError('examples with mode="masked": masking saves nothing to compare with. Use mode="sparse".')
+    if starts_at_loss(policy) and not (isinstance(of_examples, TopExamples) and type(policy) is RandomWalk):
+        raise ValueError(
+            'start="loss" draws examples and rows together: it is for RandomWalk, with examples= a fraction or a '
+            "number; "
+            f"got rows={policy!r}, examples={examples!r}."
+        )
     captured = capture(model, example_inputs)
     check_names(captured.host)
     gm = normalize(GraphModule(captured.host, captured.train))
@@ -129,7 +135,7 @@ def transform(
         sampled, nodes = sample_rows(gm, sampler)
         sparse = sparse_backward(sampled, nodes, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
         if of_examples is not None:
-            sparse = sparse_examples(sparse, ExampleSampler(of_examples, seed).to(device))
+            sparse = sparse_examples(sparse, ExampleSampler(of_examples, seed).to(device), sampler)
         return verify(read_columns(sparse), model, nodes), nodes, sampler
 
     sparse_gm, nodes, sampler = rewritten(kept)

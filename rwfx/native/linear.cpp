@@ -626,10 +626,13 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         trained ? a : Tensor(),
         needs_x && of ? (of->of_input ? x : a) : Tensor(),
         needs_x ? weight : Tensor(),
-        rows,
-        columns.value_or(Tensor()),
         scale.value_or(Tensor()),
     });
+    // Not saved: a choice of examples may choose rows too, and writes both in the backward pass.
+    ctx->saved_data["rows"] = rows;
+    if (columns) {
+      ctx->saved_data["columns"] = *columns;
+    }
     // Not saved: autograd would refuse a buffer that another call's backward pass has written since.
     if (seen) {
       ctx->saved_data["seen"] = *seen;
@@ -670,16 +673,19 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
       return wanted && saved[k].defined() ? optional<Tensor>(saved[k]) : optional<Tensor>();
     };
     static const auto op = find_op<BackwardOp>("rwfx::row_linear_backward");
-    const auto [rows, g_kept] = begin(ctx, gradients[0], saved[3]);
-    const auto examples = ctx->saved_data.find("examples");
+    const auto [rows, g_kept] = begin(ctx, gradients[0], ctx->saved_data["rows"].toTensor());
+    const auto held = [&](const char* name) {
+      const auto found = ctx->saved_data.find(name);
+      return found == ctx->saved_data.end() ? optional<Tensor>() : optional<Tensor>(found->second.toTensor());
+    };
     const auto [dx, dw, db] = op.call(
         gradients[0],
         given(0, kept ? of_kept_weight : of_weight),
         given(1, needs_x),
         given(2, needs_x),
         rows,
-        given(4, true),
-        given(5, true),
+        held("columns"),
+        given(3, true),
         kept ? of_kept_bias : of_bias,
         static_cast<at::ScalarType>(dtypes[0]),
         static_cast<at::ScalarType>(dtypes[1]),
@@ -687,7 +693,7 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         grad,
         ctx->saved_data["activation"].toStringRef(),
         ctx->saved_data["direct"].toBool(),
-        examples == ctx->saved_data.end() ? optional<Tensor>() : optional<Tensor>(examples->second.toTensor()),
+        held("examples"),
         ctx->saved_data["num_examples"].toSymInt(),
         ctx->saved_data["packed"].toStringRef(),
         g_kept);

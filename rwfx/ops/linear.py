@@ -216,7 +216,9 @@ class _Linear(torch.autograd.Function):
         activated = (x if ctx.activation.of_input else a) if ctx.activation and x.requires_grad else None
         # Only what the backward pass reads.
         weight_read = weight if x.requires_grad else None
-        ctx.save_for_backward(a if trained else None, activated, weight_read, rows, columns, scale)
+        ctx.save_for_backward(a if trained else None, activated, weight_read, scale)
+        # Not saved: a choice of examples may choose rows too, and writes both in the backward pass.
+        ctx.rows, ctx.columns = rows, columns
         # Not saved: autograd would refuse a buffer that another call's backward pass has written since.
         ctx.seen, ctx.seen_all, ctx.chosen = seen, seen_all, chosen
         ctx.examples, ctx.num_examples = examples, num_examples
@@ -229,7 +231,7 @@ class _Linear(torch.autograd.Function):
         """The output's gradient as a matrix, and the row set."""
         if torch.is_grad_enabled():
             raise RuntimeError("rwfx::row_linear has no second derivative: leave create_graph=True out.")
-        g_BO, rows = _Linear.kept(ctx, g), ctx.saved_tensors[3]
+        g_BO, rows = _Linear.kept(ctx, g), ctx.rows
         size_O = None
         if ctx.seen is not None and ctx.seen_all:
             observe_(ctx.seen, g_BO)
@@ -276,7 +278,8 @@ class _RowLinear(_Linear):
     @staticmethod
     def backward(ctx, g):
         g_BO, rows = _Linear.begin(ctx, g)
-        a, activated, weight, _, columns, scale = ctx.saved_tensors
+        a, activated, weight, scale = ctx.saved_tensors
+        columns = ctx.columns
         needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
         num_rows = g.shape[-1]
         g_BK = g_BO.index_select(1, rows)
@@ -335,7 +338,7 @@ class _MaskedLinear(_Linear):
     @staticmethod
     def backward(ctx, g):
         g_BO, rows = _Linear.begin(ctx, g)
-        x, _, weight, _, _, scale = ctx.saved_tensors
+        x, _, weight, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
         num_rows = g.shape[-1]
         # Filled, not multiplied: a masked entry is zero also where the dense one is not finite.
