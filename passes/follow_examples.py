@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from rwfx.capture import untouched
 from rwfx.label_rules import bare_name, operation_of
-from rwfx.passes.normalize import weight_of
+from rwfx.passes.normalize import convolution_of, weight_of
 from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
 
 MARK = "follows_examples"
@@ -27,6 +27,8 @@ WITHIN = POINTWISE | frozenset(
     for names in (
         "linear layer_norm rms_norm group_norm instance_norm batch_norm conv1d conv2d conv3d max_pool1d max_pool2d",
         "avg_pool1d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d embedding size",
+        "Conv1d Conv2d Conv3d MaxPool1d MaxPool2d AvgPool1d AvgPool2d AdaptiveAvgPool1d AdaptiveAvgPool2d",
+        "AdaptiveMaxPool2d Embedding",
     )
     for name in names.split()
 )
@@ -42,7 +44,11 @@ def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[Gr
     followed. Also returns a note for every call that is not marked.
     """
     marked = GraphModule(gm, copy.deepcopy(gm.graph))
-    calls = [node for node in marked.graph.nodes if weight_of(marked, node) is not None]
+    calls = [
+        node
+        for node in marked.graph.nodes
+        if weight_of(marked, node) is not None or convolution_of(marked, node) is not None
+    ]
     batch = inputs[0] if inputs else None
     tried = isinstance(batch, Tensor) and batch.dim() > 0 and len(batch) > 1
     following = _tried(marked, calls, inputs) if tried and inputs is not None else _known(marked)
@@ -51,7 +57,7 @@ def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[Gr
         if node.name in following:
             node.meta[MARK] = True
         else:
-            weight = node.args[1]
+            weight = node if node.op == "call_module" else node.args[1]
             assert isinstance(weight, Node)
             why = "its leading dimensions do not hold the examples one after the other"
             if not tried:
@@ -98,6 +104,7 @@ def _is_within(gm: GraphModule, node: Node) -> bool:
 def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...]) -> set[str]:
     """The calls at which the gradient of one example's output arrives in that example's places alone."""
     num_examples = len(inputs[0])
+    convolutions = {node.name for node in calls if node.op == "call_module"}
     outputs: dict[str, Tensor] = {}
 
     class Calls(fx.Interpreter):
@@ -124,7 +131,7 @@ def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...]) -> set[s
 
 def _apart(result: Any, outputs: Mapping[str, Tensor], num_examples: int) -> set[str]:
     """Of ``outputs``, those in whose places the gradient of one example's ``result`` arrives alone."""
-    following = {name for name, y in outputs.items() if y.dim() > 1 and y.shape[:-1].numel() % num_examples == 0}
+    following = {name for name, y in outputs.items() if _holds(y, num_examples, name in convolutions)}
     leaves = [
         y
         for y in tree_leaves(result)
@@ -142,6 +149,13 @@ def _apart(result: Any, outputs: Mapping[str, Tensor], num_examples: int) -> set
                 if places.any():
                     following.discard(name)
     return following
+
+
+def _holds(y: Tensor, num_examples: int, is_convolution: bool) -> bool:
+    """Whether ``y`` can hold so many examples: a convolution's one by one, a linear call's also by several places."""
+    if is_convolution:
+        return len(y) == num_examples
+    return y.dim() > 1 and y.shape[:-1].numel() % num_examples == 0
 
 
 def in_order(placeholders: list[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -55,6 +55,23 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+def convolution_of(gm: GraphModule, node: Node) -> nn.Module | None:
+    """The module of a call that is a plain convolution of its input with its own weight; None for any other node."""
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return None
+    module = gm.get_submodule(str(node.target))
+    kinds = {nn.Conv1d: nn.Conv1d.forward, nn.Conv2d: nn.Conv2d.forward, nn.Conv3d: nn.Conv3d.forward}
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    plain = type(module).forward is kinds.get(type(module)) and "forward" not in vars(module) and not any(hooks)
+    ours = plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return module if ours and isinstance(module._parameters.get("weight"), nn.Parameter) else None
+
+
 def weight_of(gm: GraphModule, node: Node) -> nn.Parameter | None:
     """The parameter ``(O, I)`` that a normalized call is linear in; None for any other node."""
     if node.op != "call_function" or node.target is not F.linear or len(node.args) < 2:

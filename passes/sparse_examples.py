@@ -13,12 +13,13 @@ from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import AdaptiveExamples, SampledExamples
 from rwfx.loss_walk import LossWalkSampler
 from rwfx.passes.follow_examples import MARK
-from rwfx.passes.normalize import weight_of
+from rwfx.passes.normalize import convolution_of, weight_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import SAMPLER
 from rwfx.sampler import RowSampler
 
 EXAMPLES = "example_sampler"  # the name of the submodule
+CONV = ops.rwfx.example_conv.default
 PICK = ops.rwfx.pick_examples.default
 PICK_BY_WALKS = ops.rwfx.pick_by_walks.default
 
@@ -60,6 +61,19 @@ def sparse_examples(gm: GraphModule, sampler: ExampleSampler, row_sampler: RowSa
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             calls.add(call)
+        elif (module := convolution_of(confined, node)) is not None:
+            with graph.inserting_before(node):
+                parameters = [
+                    None if module._parameters[name] is None else graph.get_attr(f"{node.target}.{name}")
+                    for name in ("weight", "bias")
+                ]
+                options = [list(getattr(module, name)) for name in ("stride", "padding", "dilation")]
+                call = graph.call_function(
+                    CONV, (node.args[0], *parameters, kept, num_examples, *options, module.groups)
+                )
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
     if isinstance(row_sampler, LossWalkSampler) and row_sampler.kept:
         _pick_by_walks(confined, row_sampler, calls, kept)
     else:

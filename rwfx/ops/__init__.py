@@ -4,6 +4,7 @@ They know tensors and row sets, and nothing of graphs or models.
 """
 
 from rwfx import native
+from rwfx.ops.conv import example_conv
 from rwfx.ops.examples import pick_examples
 from rwfx.ops.linear import masked_linear, row_linear
 from rwfx.ops.magnitude import draw_by_norm
@@ -14,6 +15,7 @@ from rwfx.ops.walk import walk
 
 __all__ = [
     "draw_by_norm",
+    "example_conv",
     "keep_rows",
     "masked_linear",
     "observe_",
