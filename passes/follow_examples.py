@@ -5,7 +5,7 @@ operation across examples, it computes with all of them.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -61,21 +61,33 @@ def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[Gr
             assert isinstance(weight, Node)
             why = "its leading dimensions do not hold the examples one after the other"
             if not tried:
-                why = "only example_inputs with two examples or more can tell where its examples are"
+                why = (
+                    "only example_inputs with two examples or more can tell where its examples are, or whether they "
+                    "are mixed on the way to the outputs"
+                )
             notes.append(f"{weight.target} computes with all examples: {why}")
     return marked, tuple(notes)
 
 
 def _known(gm: GraphModule) -> set[str]:
-    """The nodes whose values are known to hold one example after the other."""
+    """The nodes whose values are known to hold one example after the other, and from which every way to the outputs is
+    known to as well."""
     known: set[str] = set()
     for node in gm.graph.nodes:
-        from_examples = [n for n in node.all_input_nodes if n.name in known or _varies(n)]
-        if node.op == "placeholder" or (
-            from_examples and _is_within(gm, node) and all(n.name in known for n in from_examples)
-        ):
+        if node.op == "placeholder" or _is_within(gm, node, known):
             known.add(node.name)
-    return known
+    apart = set(known)
+    for node in reversed(gm.graph.nodes):
+        if not all(user.op == "output" or user.name in apart or _is_last(user) for user in node.users):
+            apart.discard(node.name)
+    return apart
+
+
+def _is_last(node: Node) -> bool:
+    """Whether it gives an output without examples, or none that has a gradient."""
+    name = bare_name(node.target)
+    total = name in ("mean", "sum") and len(node.args) == 1 and not node.kwargs
+    return name in ("argmax", "argmin", "detach", "size") or (total and all(user.op == "output" for user in node.users))
 
 
 def _varies(node: Node) -> bool:
@@ -83,7 +95,11 @@ def _varies(node: Node) -> bool:
     return node.op != "get_attr" and bool(node.all_input_nodes or node.op == "placeholder")
 
 
-def _is_within(gm: GraphModule, node: Node) -> bool:
+def _is_within(gm: GraphModule, node: Node, known: Collection[str]) -> bool:
+    """Whether its values hold one example after the other, as do those of the nodes that are ``known`` to."""
+    from_examples = [n for n in node.all_input_nodes if n.name in known or _varies(n)]
+    if not from_examples or not all(n.name in known for n in from_examples):
+        return False
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         if isinstance(module, nn.Flatten):
@@ -94,11 +110,36 @@ def _is_within(gm: GraphModule, node: Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = bare_name(node.target)
+    if name == "getattr":
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    if name == "getitem":
+        return _keeps_examples(*node.args)
     if name in ALONG:
         dim = node.kwargs.get("dim", node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0))
         dims = dim if isinstance(dim, list | tuple) else [dim]
-        return all((isinstance(d, int) and d > 0) or (d == -1 and name != "cat") for d in dims)
-    return name in WITHIN
+        # The last one is the first where there is one alone, and no linear call follows the examples there.
+        return all(isinstance(d, int) and (d > 0 or d == -1) for d in dims)
+    if name in POINTWISE:
+        return not any(_adds_dimensions(gm, n) for n in node.all_input_nodes)
+    # What is no pointwise operation multiplies with its other arguments: a product of two batches is across examples.
+    return name in WITHIN and len(from_examples) == 1 and from_examples[0] in (*node.args[:1], *node.kwargs.values())
+
+
+def _keeps_examples(of: Any, index: Any) -> bool:
+    """Whether an index leaves the first dimension as it is and adds none; or takes a number of a shape."""
+    if isinstance(of, Node) and bare_name(of.target) in ("getattr", "size"):
+        return True
+    first, *others = index if isinstance(index, tuple) else (index,)
+    return (first is Ellipsis or first == slice(None)) and all(isinstance(i, int | slice) for i in others)
+
+
+def _adds_dimensions(gm: GraphModule, node: Node) -> bool:
+    """Whether a constant of the model may put a dimension before that of the examples."""
+    if node.op != "get_attr":
+        return False
+    owner, _, name = str(node.target).rpartition(".")
+    constant = getattr(gm.get_submodule(owner), name)
+    return isinstance(constant, Tensor) and constant.dim() > 2 and constant.shape[0] > 1
 
 
 def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...]) -> set[str]:
@@ -126,10 +167,10 @@ def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...]) -> set[s
         finally:
             for path, module in norms.items():
                 module.training = training[path]
-        return _apart(result, outputs, num_examples)
+        return _apart(result, outputs, num_examples, convolutions)
 
 
-def _apart(result: Any, outputs: Mapping[str, Tensor], num_examples: int) -> set[str]:
+def _apart(result: Any, outputs: Mapping[str, Tensor], num_examples: int, convolutions: Collection[str]) -> set[str]:
     """Of ``outputs``, those in whose places the gradient of one example's ``result`` arrives alone."""
     following = {name for name, y in outputs.items() if _holds(y, num_examples, name in convolutions)}
     leaves = [
@@ -137,7 +178,7 @@ def _apart(result: Any, outputs: Mapping[str, Tensor], num_examples: int) -> set
         for y in tree_leaves(result)
         if isinstance(y, Tensor) and y.requires_grad and y.dim() and len(y) == num_examples
     ]
-    for example in {0, num_examples - 1}:
+    for example in {0, 1, num_examples // 2, num_examples - 1}:
         loss = sum((y[example] * torch.randn_like(y[example])).sum() for y in leaves)
         if not isinstance(loss, Tensor):
             return set()

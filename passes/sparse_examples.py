@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 import rwfx.ops  # noqa: F401  defines the operators named below
 from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import AdaptiveExamples, SampledExamples
+from rwfx.label_rules import bare_name
 from rwfx.loss_walk import LossWalkSampler
 from rwfx.passes.follow_examples import MARK
 from rwfx.passes.normalize import convolution_of, weight_of
@@ -135,7 +136,9 @@ def _pick(
     """Send all outputs through the operator that chooses."""
     graph = gm.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
-    outputs = [node for node in output.all_input_nodes if node.op not in ("placeholder", "get_attr")]
+    outputs = [
+        node for node in output.all_input_nodes if node.op not in ("placeholder", "get_attr") and not _is_number(node)
+    ]
     options: dict[str, Any] = dict(sampler.options)
     if isinstance(sampler.policy, SampledExamples):
         options["state"] = state
@@ -147,3 +150,14 @@ def _pick(
         items = [graph.call_function(operator.getitem, (picked, k)) for k in range(len(outputs))]
     for node, item in zip(outputs, items, strict=True):
         output.replace_input_with(node, item)
+
+
+def _is_number(node: Node) -> bool:
+    """Whether it is about a shape: no tensor."""
+    name = bare_name(node.target)
+    if node.op == "call_method" and name in ("size", "dim", "numel"):
+        return True
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    computed = node.op == "call_function" and getattr(operator, name, None) is node.target and node.all_input_nodes
+    return bool(computed) and all(map(_is_number, node.all_input_nodes))

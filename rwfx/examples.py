@@ -45,7 +45,7 @@ class TopExamples(Worded):
     fraction: float | int = 0.3
 
     def __post_init__(self) -> None:
-        check_fraction("fraction", self.fraction)
+        object.__setattr__(self, "fraction", check_fraction("fraction", self.fraction))
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,7 +68,7 @@ class SampledExamples(Worded):
     unbiased: bool = False
 
     def __post_init__(self) -> None:
-        check_fraction("fraction", self.fraction)
+        object.__setattr__(self, "fraction", check_fraction("fraction", self.fraction))
         check_number("floor", self.floor, Real, 0, 1)
         check_flag("unbiased", self.unbiased)
 
@@ -130,17 +130,17 @@ def example_policy(examples: Any) -> ExamplePolicy:
             "examples must be a fraction, a number of examples, or an example policy (rwfx.TopExamples, "
             f"SampledExamples, AdaptiveExamples), got {examples!r}."
         )
-    check_fraction("examples", examples)
-    return TopExamples(examples)  # type: ignore[arg-type]
+    return TopExamples(check_fraction("examples", examples))
 
 
-def check_fraction(name: str, value: Any) -> None:
-    """Refuse what is neither a fraction nor a number of examples.
+def check_fraction(name: str, value: Any) -> float | int:
+    """``value``, a fraction or a number of examples, as one of Python's own numbers.
 
     Raises:
         TypeError, ValueError: says what was met.
     """
     if isinstance(value, Integral) and not isinstance(value, bool):
         check_number(name, value, Integral, 1)
-    else:
-        check_number(name, value, Real, 0, 1, above=True)
+        return int(value)
+    check_number(name, value, Real, 0, 1, above=True)
+    return float(value)

@@ -77,10 +77,13 @@ class SparseModule(GraphModule):
         self._examples.load_sampler_state(of_examples)
 
     @property
-    def examples(self) -> tuple[int, int]:
-        """How many examples the last training forward kept for its backward, and of how many."""
+    def examples(self) -> tuple[int, int] | None:
+        """How many examples the last training forward kept for its backward, and of how many.
+
+        None for a model that was made without ``examples=``.
+        """
         if self._examples is None:
-            raise AttributeError("this model keeps all examples: it was made without examples=.")
+            return None
         kept, of = self._examples.last.tolist()
         return kept, of
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import chances_of, gradients_at, kept_gradients, sizes_of_examples, to_dense
 from torch import nn
 from torch.testing import assert_close
@@ -151,3 +152,72 @@ def test_the_trial_leaves_the_global_random_stream_alone():
     assert not torch.equal(before, after)
     rwfx.transform(model, examples=0.5, seed=1, example_inputs=torch.randn(8, 3, 4, generator=torch.Generator()))
     assert torch.equal(torch.get_rng_state(), after)
+
+
+WITHIN = {
+    "pointwise": lambda m, h: h.relu() * 2 + h,
+    "slices": lambda m, h: h[:, 1:].sum(-1, keepdim=True) + h[..., :],
+    "softmax": lambda m, h: h.softmax(-1) + h.log_softmax(1),
+    "cat": lambda m, h: torch.cat([h[:, :3], h[:, 3:]], -1),
+    "product": lambda m, h: F.linear(h, m.first.weight),
+}
+ACROSS = {
+    "order": lambda m, h: h.flip(0),
+    "every second": lambda m, h: torch.cat([h[::2], h[1::2]]),
+    "total": lambda m, h: h - h.mean(),
+    "mean over the batch": lambda m, h: h - h.mean(0),
+    "cumulative": lambda m, h: h.cumsum(0),
+    "similarity": lambda m, h: F.linear(h, h) @ h,
+    "pairs": lambda m, h: (h[:, None] + h[None]).mean(1),
+    "pairs of known": lambda m, h: (h[:, None] + h).mean(1),
+    "softmax over the batch": lambda m, h: h.softmax(0),
+}
+
+
+def following(sparse):
+    return {name for name in ("first.weight", "second.weight", "head.weight")} - with_all_examples(sparse)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["known", "tried"])
+@pytest.mark.parametrize("between", WITHIN.values(), ids=WITHIN)
+def test_calls_with_operations_within_examples_between_them_follow_the_examples(between, told):
+    model = Between(between).double()
+    inputs = (torch.randn(12, 6, dtype=torch.float64),), {}
+    sparse = rwfx.transform(model, examples=0.3, example_inputs=inputs[0] if told else None)
+    assert following(sparse) == {"first.weight", "second.weight", "head.weight"}
+    assert_exact(sparse, model, inputs)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["known", "tried"])
+@pytest.mark.parametrize("between", ACROSS.values(), ids=ACROSS)
+def test_calls_before_an_operation_across_examples_compute_with_all_of_them(between, told):
+    model = Between(between).double()
+    inputs = (torch.randn(12, 6, dtype=torch.float64),), {}
+    options = {"examples": 0.3, "example_inputs": inputs[0] if told else None}
+    if not told:  # what comes after it is not known to hold the examples, and all would be left
+        with pytest.raises(ValueError, match=r"first\.weight computes with all examples: only example_inputs"):
+            rwfx.transform(model, **options)
+        return
+    sparse = rwfx.transform(model, **options)
+    assert following(sparse) == {"second.weight", "head.weight"}
+    assert_exact(sparse, model, inputs)
+
+
+def test_a_constant_that_puts_a_dimension_before_the_examples_is_noticed():
+    model = Between(lambda m, h: h + m.positions).double()
+    with pytest.raises(ValueError, match="examples= finds no linear call"):
+        rwfx.transform(model, examples=0.5)
+
+
+def test_an_output_without_examples_does_not_keep_a_call_from_following():
+    class Outputs(Between):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, x.shape[0], y.detach(), y.mean()
+
+    model = Outputs(lambda m, h: h.relu()).double()
+    sparse = rwfx.transform(model, examples=0.5)
+    assert following(sparse) == {"first.weight", "second.weight", "head.weight"}
+    y, number, detached, mean = sparse(torch.randn(8, 6, dtype=torch.float64))
+    assert number == 8
+    assert [t.requires_grad for t in (y, detached, mean)] == [True, False, True]

@@ -30,14 +30,14 @@ def example_conv(
 ) -> Tensor:
     """The convolution of ``x`` with ``weight``; the backward is that of ``examples`` alone.
 
-    With ``g = dL/dy`` and ``h`` equal to ``g`` for the examples and zero for others, ``dx``, ``dw`` and ``db`` are those of
-    the dense backward of ``h``.
+    With ``g = dL/dy`` and ``h`` equal to ``g`` for the examples and zero for others, ``dx``, ``dw`` and ``db`` are
+    those of the dense backward of ``h``.
 
     Args:
-        x: ``(B, C, *spatial)``, one to three spatial dimensions.    weight: ``(O, C / groups, *kernel)``.    bias: ``(O,)``.
-        examples: ``(E,)`` int64, sorted, no repeats; as for ``rwfx.ops.row_linear`` it may be written until the backward.
-        num_examples: ``B``.    stride, padding, dilation: a number for each spatial dimension.    groups: as there.
-        dtype: the type to compute in; autocast fills it in.
+        x: ``(B, C, *spatial)``, one to three spatial dimensions.    weight: ``(O, C / groups, *kernel)``.    bias:
+        ``(O,)``. examples: ``(E,)`` int64, sorted, no repeats; as for ``rwfx.ops.row_linear`` it may be written until
+        the backward. num_examples: ``B``.    stride, padding, dilation: a number for each spatial dimension.
+        groups: as there. dtype: the type to compute in; autocast fills it in.
 
     Raises:
         ValueError: ``examples`` is not int64 or not one-dimensional, or ``x`` has not so many examples.
@@ -52,10 +52,12 @@ class _ExampleConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, examples, num_examples, stride, padding, dilation, groups, dtype=None):
         if examples.dtype != torch.int64 or examples.dim() != 1:
             raise ValueError(
-                f"examples must be a one-dimensional int64 tensor, got {examples.dtype} of shape {tuple(examples.shape)}."
+                f"examples must be a one-dimensional int64 tensor, got {examples.dtype} of shape "
+                f"{tuple(examples.shape)}."
             )
         torch._check_value(
-            x.shape[0] == num_examples, lambda: f"x holds {x.shape[0]} examples and not {num_examples}: {tuple(x.shape)}."
+            x.shape[0] == num_examples,
+            lambda: f"x holds {x.shape[0]} examples and not {num_examples}: {tuple(x.shape)}.",
         )
         ctx.save_for_backward(x, weight)
         # Not saved: it is written in the backward pass.

@@ -87,7 +87,9 @@ class _Pick(torch.autograd.Function):
         ctx.kept, ctx.state, ctx.needed = kept, state, needed
         ctx.options = floor, unbiased, share, memory, whole
         ctx.set_materialize_grads(False)
-        return tuple(output.clone() for output in outputs)
+        given = tuple(output.clone() for output in outputs)
+        ctx.mark_non_differentiable(*[y for y, output in zip(given, outputs, strict=True) if not output.requires_grad])
+        return given
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -125,7 +127,11 @@ class _Pick(torch.autograd.Function):
 
 def sizes_of(gradients: list[Tensor]) -> Tensor:
     """The Euclidean norm of each example's gradient, over all of ``gradients`` ``(B, ...)``: ``(B,)`` float32."""
-    norms = [torch.linalg.vector_norm(g.flatten(1) if g.dim() > 1 else g[:, None], dim=1) for g in gradients]
+    norms = [
+        # In half precision a norm may be no number any more, and many are equal.
+        torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in gradients
+    ]
     if len(norms) == 1:
         return norms[0].float()
     return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]), dim=0)
