@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from rwfx.arguments import check_number
 from rwfx.experiments import accuracy
 from rwfx.experiments.data import DATA_SETS
+from rwfx.experiments.frontier import plan as frontier_plan
+from rwfx.experiments.frontier import run as frontier
 from rwfx.experiments.policies import overhead, variance
 from rwfx.experiments.policies import plan as policies_plan
 from rwfx.experiments.policies import run as policies
@@ -27,6 +29,10 @@ TRANSFORM_OPTIONS: dict[str, Callable[[str], Any]] = {"dx": str, "break_even": l
 """Those of ``rwfx.transform``."""
 
 
+Lists = Mapping[str, tuple[Callable[[str], Any], str]]
+"""Options that are lists: how one is read, and what it means."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; give the exit status."""
     parser = argparse.ArgumentParser(prog="python -m rwfx.experiments", description=__doc__)
@@ -34,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_accuracy(commands)
     _add_speed(commands)
     _add_policies(commands)
+    _add_frontier(commands)
     options = parser.parse_args(arguments)
     try:
         if options.threads is not None:
@@ -101,6 +108,16 @@ def _add_common(command: argparse.ArgumentParser, walks: bool = True) -> None:
     for owner, known in {"RandomWalk": WALK_OPTIONS if walks else {}, "transform": TRANSFORM_OPTIONS}.items():
         for name, kind in known.items():
             command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"as in rwfx.{owner}")
+
+
+def _add_lists(command: argparse.ArgumentParser, lists: Lists, plan: Any, every: Sequence[str]) -> None:
+    """Add the options that are lists, with the defaults of ``plan``; those of ``every`` have all there are."""
+    for name, (kind, meaning) in lists.items():
+        default = getattr(plan, name)
+        shown = "all" if name in every else ",".join(map(str, default))
+        command.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{meaning} (default: {shown})"
+        )
 
 
 def _given(options: argparse.Namespace, known: Iterable[str]) -> dict[str, Any]:
@@ -206,7 +223,7 @@ def _add_policies(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plan = policies_plan.Plan()
-    lists: dict[str, tuple[Callable[[str], Any], str]] = {
+    lists: Lists = {
         "tasks": (names, f"of {','.join(policies_plan.STEPS)}"),
         "policies": (names, f"of {','.join(policies_plan.POLICY_NAMES)}"),
         "densities": (decimals, "shares of the rows kept"),
@@ -215,12 +232,7 @@ def _add_policies(commands: argparse._SubParsersAction) -> None:
         "lrs": (decimals, "learning rates to choose from"),
         "hidden": (numbers, "widths between"),
     }
-    for name, (kind, meaning) in lists.items():
-        default = getattr(plan, name)
-        shown = "all" if name == "policies" else ",".join(map(str, default))
-        command.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{meaning} (default: {shown})"
-        )
+    _add_lists(command, lists, plan, every=("policies",))
     steps = ", ".join(f"{task} {steps}" for task, steps in policies_plan.STEPS.items())
     command.add_argument("--steps", type=int, help=f"steps of a whole run (default: {steps})")
     command.add_argument("--seeds", type=int, default=plan.seeds, help="how many, counted from 0 (default: 3)")
@@ -241,3 +253,39 @@ def _run_policies(options: argparse.Namespace) -> None:
     plan = policies_plan.Plan(**given, transform_options=_given(options, TRANSFORM_OPTIONS))
     run = overhead.run if options.overhead else variance.run if options.variance else policies.run
     run(plan, progress=not options.quiet)
+
+
+def _add_frontier(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "frontier",
+        help="fewer rows and fewer examples in the backward pass: accuracy or loss against seconds and FLOPs",
+        description=frontier.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan = frontier_plan.Plan()
+    lists: Lists = {
+        "tasks": (names, f"of {','.join(frontier_plan.STEPS)}"),
+        "contenders": (names, f"beside dense, of {','.join(frontier_plan.SPARSE_NAMES)}"),
+        "shares": (decimals, "shares of the budget for which dense is trained"),
+        "sparse_shares": (decimals, "those for which the others are"),
+        "batch_sizes": (numbers, "of dense, a contender with each"),
+        "sparse_batch_sizes": (numbers, "of the others, each with the best"),
+        "lrs": (decimals, "learning rates to choose from"),
+        "hidden": (numbers, "widths between, of a perceptron"),
+    }
+    _add_lists(command, lists, plan, every=("contenders",))
+    steps = ", ".join(f"{task} {steps}" for task, steps in frontier_plan.STEPS.items())
+    batch = frontier_plan.REFERENCE_BATCH
+    command.add_argument("--steps", type=int, help=f"dense steps of {batch} that the budget pays (default: {steps})")
+    command.add_argument("--seeds", type=int, default=plan.seeds, help="how many, counted from 0 (default: 5)")
+    command.add_argument("--data-dir", type=Path, help="folder with the data: torchvision's files, and others")
+    command.add_argument("--out", type=Path, default=plan.out, help=f"default: {plan.out}")
+    _add_common(command, walks=False)
+    command.set_defaults(run=_run_frontier)
+
+
+def _run_frontier(options: argparse.Namespace) -> None:
+    known = {column.name for column in fields(frontier_plan.Plan)} - {"transform_options"}
+    given = {name: getattr(options, name) for name in known}
+    plan = frontier_plan.Plan(**given, transform_options=_given(options, TRANSFORM_OPTIONS))
+    frontier.run(plan, progress=not options.quiet)

@@ -192,10 +192,12 @@ def _count(number: int | None, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def finish(figure: Any, path: Path, title: Sequence[str], handles: list[Any], labels: list[str]) -> None:
-    """Put the title above and the legend below, outside the panels, and write the figure."""
+def finish(
+    figure: Any, path: Path, title: Sequence[str], handles: list[Any], labels: list[str], columns: int | None = None
+) -> None:
+    """Put the title above and the legend below, in ``columns`` or as the width allows, and write the figure."""
     figure.suptitle("\n".join([title[0], "".join(title[1:])]), fontsize=11)
-    width = figure.get_figwidth()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if width > 8 else 2, frameon=False)
+    columns = columns or (len(labels) if figure.get_figwidth() > 8 else 2)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=160)

@@ -1,17 +1,18 @@
-"""The networks the experiments train."""
+"""The networks the experiments train; equal seeds give equal weights."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def mlp(widths: Sequence[int], seed: int) -> nn.Sequential:
-    """Make a perceptron with ReLUs between linear layers of ``widths``; equal seeds give equal weights."""
+    """Make a perceptron with ReLUs between linear layers of ``widths``."""
     layers: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
@@ -21,12 +22,87 @@ def character_mlp(vocabulary: int, context: int, embedding: int, hidden: Sequenc
     """Make a network that predicts the next of ``vocabulary`` characters from the last ``context``.
 
     The characters' vectors, of ``embedding`` numbers, are joined and go through a perceptron: ``(B, context)`` int64
-    to ``(B, vocabulary)``. Equal seeds give equal weights.
+    to ``(B, vocabulary)``.
 
     Source: Y. Bengio, R. Ducharme, P. Vincent, C. Jauvin, "A Neural Probabilistic Language Model", JMLR 2003, without
     its direct connections.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         table = nn.Embedding(vocabulary, embedding)
     return nn.Sequential(table, nn.Flatten(), *mlp((context * embedding, *hidden, vocabulary), seed))
+
+
+def cnn(channels: Sequence[int], side: int, classes: int, seed: int) -> nn.Sequential:
+    """Make a network of convolutions, ``(B, channels[0], side, side)`` to ``(B, classes)``.
+
+    Each convolution, 3 x 3, is followed by a ReLU and by pooling that halves both sides; a linear head ends it.
+    """
+    layers: list[nn.Module] = []
+    left = side // 2 ** (len(channels) - 1)
+    with _seeded(seed):
+        for inputs, outputs in pairwise(channels):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * left * left, classes))
+
+
+def sentence_transformer(words: int, length: int, width: int, heads: int, blocks: int, seed: int) -> nn.Module:
+    """Make a transformer that tells two classes of sentences: ``(B, length)`` int64, 0 being blank, to ``(B, 2)``."""
+    with _seeded(seed):
+        return SentenceTransformer(words, length, width, heads, blocks)
+
+
+class SentenceTransformer(nn.Module):
+    """Words and their places, blocks of attention and perceptron, the mean over the words, and a head.
+
+    Source: A. Vaswani et al., "Attention Is All You Need", NeurIPS 2017; the norms before, as in R. Xiong et al., "On
+    Layer Normalization in the Transformer Architecture", ICML 2020.
+    """
+
+    def __init__(self, words: int, length: int, width: int, heads: int, blocks: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, width)
+        self.places = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.ModuleList([_Block(width, heads) for _ in range(blocks)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, words_BL: Tensor) -> Tensor:
+        """Give the score of each class."""
+        blank_BL = words_BL == 0
+        h_BLW = self.words(words_BL) + self.places
+        for block in self.blocks:
+            h_BLW = block(h_BLW, blank_BL)
+        said_BL1 = (~blank_BL).unsqueeze(-1).to(h_BLW.dtype)
+        return self.head((self.norm(h_BLW) * said_BL1).sum(1) / said_BL1.sum(1))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.norm, self.query, self.key = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.join = nn.Linear(width, width), nn.Linear(width, width)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, h_BLW: Tensor, blank_BL: Tensor) -> Tensor:
+        n_BLW = self.norm(h_BLW)
+        q, k, v = self._cut(self.query(n_BLW)), self._cut(self.key(n_BLW)), self._cut(self.value(n_BLW))
+        scores_BHLL = (q @ k.transpose(-2, -1)) / math.sqrt(self.size)
+        scores_BHLL = scores_BHLL.masked_fill(blank_BL.unsqueeze(1).unsqueeze(1), -math.inf)
+        seen_BHLS = torch.softmax(scores_BHLL, -1) @ v
+        h_BLW = h_BLW + self.join(seen_BHLS.transpose(1, 2).flatten(2))
+        return h_BLW + self.perceptron(h_BLW)
+
+    def _cut(self, h_BLW: Tensor) -> Tensor:
+        """Cut the width into heads: ``(B, H, L, S)``."""
+        return h_BLW.unflatten(-1, (self.heads, self.size)).transpose(1, 2)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw what is drawn in the block from ``seed``, and leave the streams outside as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

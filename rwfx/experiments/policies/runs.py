@@ -94,10 +94,7 @@ class Run:
     @property
     def sparse(self) -> str:
         """How many of its weights are row-sparse."""
-        if not isinstance(self.trainer.network, SparseModule):
-            return ""
-        lines = [line for line in self.trainer.network.report.lines if line.calls]
-        return f"{sum(not line.dense_because for line in lines)} of {len(lines)}"
+        return row_sparse(self.trainer.network)
 
     def take_turn(self, count: int) -> None:
         """Train ``count`` steps."""
@@ -111,8 +108,16 @@ class Run:
         self.seconds += turn_seconds(times)
 
 
+def row_sparse(network: nn.Module) -> str:
+    """Say how many of the weights of ``network`` are row-sparse, such as ``2 of 3``; nothing of a dense one."""
+    if not isinstance(network, SparseModule):
+        return ""
+    lines = [line for line in network.report.lines if line.calls]
+    return f"{sum(not line.dense_because for line in lines)} of {len(lines)}"
+
+
 def learning_rate(lr: float, step: int, steps: int) -> float:
-    """``lr * (1 + cos(pi * step / steps)) / 2``, for ``step`` from 0 to below ``steps``."""
+    """``lr * (1 + cos(pi * step / steps)) / 2``, for ``step`` from 0 to below ``steps``, or of whatever is spent."""
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 

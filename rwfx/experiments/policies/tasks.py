@@ -1,12 +1,15 @@
 """Tasks: what every contender is given to learn, and how well it did.
 
-In: a ``Plan`` and the name of a task. Out: a ``Task``: a network to begin with, and examples in three parts. The
-learning rates are chosen on *validation*, a tenth that is split off the training data; *test* is for the final runs.
+In: a plan, which says where the data lie, and the name of a task. Out: a ``Task``: a network to begin with, and
+examples in three parts. The learning rates are chosen on *validation*, a tenth that is split off the training data;
+*test* is for the final runs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +17,31 @@ from torch import Generator, Tensor, nn
 
 from rwfx.experiments.data import DataSet, TensorLoader, load, load_text, windows
 from rwfx.experiments.models import character_mlp, mlp
-from rwfx.experiments.policies.plan import Plan
 
 CONTEXT, EMBEDDING = 16, 32
 """Of the language model: the characters that it sees, and the numbers that stand for one."""
 
 JUDGED = 10_000
 """Windows of a text that a network is judged on, at most."""
+
+
+class Setting(Protocol):
+    """What a task needs to know of a plan."""
+
+    @property
+    def data_dir(self) -> Path | None:
+        """The folder with the data."""
+        ...
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """The widths of a perceptron between its inputs and its outputs."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where data and network are."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,7 @@ class Task:
     """The classes of that. It is measured among them: with later ones to choose from, those are all that is named."""
 
 
-def task_of(plan: Plan, name: str) -> Task:
+def task_of(plan: Setting, name: str) -> Task:
     """Load the data of the task ``name`` and describe its network.
 
     Raises:
@@ -83,10 +104,27 @@ def task_of(plan: Plan, name: str) -> Task:
     if name in ("classes", "digits-classes"):
         data = load("digits" if name == "digits-classes" else "mnist", plan.data_dir)
         half = data.classes // 2
-        return _images(plan, name, data.only(range(half, data.classes)), data.only(range(half)))
+        return images(plan, name, data.only(range(half, data.classes)), data.only(range(half)))
     if name == "transfer":
-        return _images(plan, name, load("fashion-mnist", plan.data_dir), load("mnist", plan.data_dir))
-    return _images(plan, name, load(name, plan.data_dir))
+        return images(plan, name, load("fashion-mnist", plan.data_dir), load("mnist", plan.data_dir))
+    return images(plan, name, load(name, plan.data_dir))
+
+
+def images(plan: Setting, name: str, data: DataSet, earlier: DataSet | None = None) -> Task:
+    """Give the task to tell the classes of ``data`` by a perceptron, after those of ``earlier`` if there are any."""
+    widths = (data.features, *plan.hidden, max(of.classes for of in (data, earlier) if of is not None))
+    about = f"MLP {'-'.join(map(str, widths))}"
+    if earlier is not None:
+        about += f", first trained on {_described(earlier)}, then on {_described(data)}"
+    return Task(
+        name,
+        split_off(data, plan.device),
+        lambda seed: mlp(widths, seed).to(plan.device),
+        METRICS["accuracy"],
+        about,
+        None if earlier is None else split_off(earlier, plan.device),
+        None if earlier is None else slice(int(earlier.train_target.min()), earlier.classes),
+    )
 
 
 def split_off(data: DataSet, device: str) -> Split:
@@ -118,27 +156,11 @@ def measure(network: nn.Module, part: Part, metric: Metric, classes: slice | Non
     return total / len(part.target)
 
 
-def _images(plan: Plan, name: str, data: DataSet, earlier: DataSet | None = None) -> Task:
-    widths = (data.features, *plan.hidden, max(of.classes for of in (data, earlier) if of is not None))
-    about = f"MLP {'-'.join(map(str, widths))}"
-    if earlier is not None:
-        about += f", first trained on {_described(earlier)}, then on {_described(data)}"
-    return Task(
-        name,
-        split_off(data, plan.device),
-        lambda seed: mlp(widths, seed).to(plan.device),
-        METRICS["accuracy"],
-        about,
-        None if earlier is None else split_off(earlier, plan.device),
-        None if earlier is None else slice(int(earlier.train_target.min()), earlier.classes),
-    )
-
-
 def _described(data: DataSet) -> str:
     return f"{data.name} (classes {int(data.train_target.min())}-{int(data.train_target.max())})"
 
 
-def _language(plan: Plan) -> Task:
+def _language(plan: Setting) -> Task:
     """Cut the text into eight tenths and a bit to train on, a tenth of the rest before the last tenth, and the last."""
     text = load_text(plan.data_dir)
     codes = text.codes.to(plan.device)

@@ -45,11 +45,15 @@ def trials(
 
 def best_rates(made: Sequence[Trial], metric: Metric) -> dict[Contender, float]:
     """The rate of the best trial of each contender; a run that diverged is never the best, unless all did."""
-
-    def goodness(trial: Trial) -> float:
-        return metric.sign * trial.validation if math.isfinite(trial.validation) else -math.inf
-
     by_contender: dict[Contender, list[Trial]] = {}
     for trial in made:
         by_contender.setdefault(trial.contender, []).append(trial)
-    return {contender: max(of, key=goodness).lr for contender, of in by_contender.items()}
+    return {
+        contender: max(of, key=lambda trial: goodness(trial.validation, metric)).lr
+        for contender, of in by_contender.items()
+    }
+
+
+def goodness(value: float, metric: Metric) -> float:
+    """Turn ``value`` into a number of which more is better; of a run that diverged it is the least."""
+    return metric.sign * value if math.isfinite(value) else -math.inf
