@@ -68,10 +68,9 @@ def sparse_examples(gm: GraphModule, sampler: ExampleSampler, row_sampler: RowSa
                     None if module._parameters[name] is None else graph.get_attr(f"{node.target}.{name}")
                     for name in ("weight", "bias")
                 ]
-                options = [list(getattr(module, name)) for name in ("stride", "padding", "dilation")]
-                call = graph.call_function(
-                    CONV, (node.args[0], *parameters, kept, num_examples, *options, module.groups)
-                )
+                options = {name: list(getattr(module, name)) for name in ("stride", "padding", "dilation")}
+                arguments = told | options | {"groups": module.groups}
+                call = graph.call_function(CONV, (node.args[0], *parameters), arguments)
             call.meta = dict(node.meta)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
