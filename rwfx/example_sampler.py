@@ -37,8 +37,8 @@ class ExampleSampler(KeepsTypes):
         """A blank list of a step's examples, and the state by which they are drawn."""
         if not torch.is_grad_enabled():
             return torch.empty(0, dtype=torch.int64, device=self.state.device), self.state
-        state = self.state.clone()
-        self.state[1:].add_(1)
+        state, following = torch.ops.rwfx.next_state.default(self.state)
+        self.state.copy_(following)
         if isinstance(self.policy, AdaptiveExamples):
             blank = torch.ops.rwfx.blank_examples.default(self.needed, num_examples, list(self.policy.fractions))
         else:

@@ -6,6 +6,7 @@ the gradient that arrives it chooses ``E`` of ``B`` examples, writes them into `
 them (``examples`` of ``rwfx.ops.row_linear``), and hands the gradient on with zeros for the others.
 
 ``rwfx::draw_by_size``   draws a fixed number of examples in proportion to a size.
+``rwfx::next_state``     the state of a step's draw and that of the next.
 ``rwfx::blank_examples`` makes a ``kept`` whose length follows what the last steps needed.
 ``rwfx::note_needed_``   notes what this one needs.
 
@@ -28,6 +29,7 @@ _library.define(
     "unbiased=False, Tensor? needed=None, float share=1., float memory=0., bool whole=False) -> Tensor[]"
 )
 _library.define("draw_by_size(Tensor size, SymInt count, Tensor state) -> (Tensor, Tensor)")
+_library.define("next_state(Tensor state) -> (Tensor, Tensor)")
 _library.define("blank_examples(Tensor needed, SymInt num_examples, float[] fractions) -> Tensor")
 _library.define("note_needed_(Tensor(a!) needed, Tensor size, float share, float memory) -> ()")
 
@@ -180,6 +182,18 @@ _library.impl("draw_by_size", _draw_by_size, "CompositeExplicitAutograd")
 @torch.library.register_fake("rwfx::draw_by_size", lib=_library)
 def _(size, count, state):
     return size.new_empty((count,), dtype=torch.int64), size.new_empty((count,), dtype=torch.float32)
+
+
+def _next_state(state: Tensor) -> tuple[Tensor, Tensor]:
+    """One operator, so that a compiler that wants the state in the backward pass cannot take it from the buffer there,
+    which has gone on by then."""
+    return state.clone(), torch.stack([state[0], state[1] + 1])
+
+
+_library.impl("next_state", _next_state, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "rwfx::next_state", lambda state: (torch.empty_like(state), torch.empty_like(state)), lib=_library
+)
 
 
 def _blank_examples(needed: Tensor, num_examples: int, fractions: list[float]) -> Tensor:
