@@ -358,8 +358,13 @@ def test_autograd_notices_that_a_step_has_changed_the_weights(kernels, name, opt
             loss.backward()
 
 
+EXAMPLES = "test_examples.py", "test_example_ops.py", "test_example_training.py"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("files", [("test_ops.py", "test_columns.py"), ("test_walk.py", "test_transform.py")], ids=str)
+@pytest.mark.parametrize(
+    "files", [("test_ops.py", "test_columns.py"), ("test_walk.py", "test_transform.py"), EXAMPLES], ids=str
+)
 def test_without_kernels_the_laws_are_the_same(files):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *[f"tests/{name}" for name in files]]
     run = subprocess.run(

@@ -6,6 +6,7 @@ the gradient that arrives it chooses ``E`` of ``B`` examples, writes them into `
 them (``examples`` of ``rwfx.ops.row_linear``), and hands the gradient on with zeros for the others.
 
 ``rwfx::draw_by_size``   draws a fixed number of examples in proportion to a size.
+``rwfx::next_state``     the state of a step's draw and that of the next.
 ``rwfx::blank_examples`` makes a ``kept`` whose length follows what the last steps needed.
 ``rwfx::note_needed_``   notes what this one needs.
 
