@@ -46,7 +46,8 @@ class ExampleSampler(KeepsTypes):
             fractions = list(self.policy.fractions)
         else:
             count = kept_of(self.policy.fraction, num_examples)
-        blank = torch.ops.rwfx.blank_examples.default(self.last, self.needed, num_examples, count, fractions)
+        blank, counts = torch.ops.rwfx.blank_examples.default(self.needed, num_examples, count, fractions)
+        self.last.copy_(counts)
         return blank, state
 
     def add_rows(self, count: int) -> None:

@@ -138,10 +138,9 @@ def test_opcheck_of_the_choice():
         arguments = [x, x.detach().clone().requires_grad_()], kept, 6
         torch.library.opcheck(torch.ops.rwfx.pick_examples.default, arguments, options)
     torch.library.opcheck(torch.ops.rwfx.draw_by_size.default, (torch.rand(9), 4, state_of(3)))
-    torch.library.opcheck(torch.ops.rwfx.next_state.default, (state_of(3),))
     torch.library.opcheck(torch.ops.rwfx.note_needed_.default, (torch.ones(1), torch.rand(9), 0.9, 0.5))
     for needed in (0.1, 0.3, 1.0):
-        torch.library.opcheck(torch.ops.rwfx.blank_examples.default, (torch.tensor([needed]), 9, [0.2, 0.4, 0.8]))
+        torch.library.opcheck(torch.ops.rwfx.blank_examples.default, (torch.tensor([needed]), 9, 0, [0.2, 0.4, 0.8]))
 
 
 def test_needed_is_the_mean_share_of_examples_that_hold_the_square():

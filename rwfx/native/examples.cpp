@@ -17,6 +17,8 @@
 #include <limits>
 #include <numeric>
 #include <optional>
+#include <sstream>
+#include <string>
 #include <vector>
 
 namespace rwfx {
@@ -34,13 +36,32 @@ auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// A sum of squares of half precision overflows in it.
+optional<at::ScalarType> wide(const Tensor& g) {
+  const bool narrow = g.scalar_type() == at::kHalf || g.scalar_type() == at::kBFloat16;
+  return narrow ? optional<at::ScalarType>(at::kFloat) : std::nullopt;
+}
+
 Tensor sizes_of(const std::vector<Tensor>& gradients) {
   std::vector<Tensor> norms;
   for (const Tensor& g : gradients) {
     const Tensor g_BI = g.dim() > 1 ? g.flatten(1) : g.unsqueeze(1);
-    norms.push_back(at::linalg_vector_norm(g_BI, 2, {1}).to(at::kFloat));
+    norms.push_back(at::linalg_vector_norm(g_BI, 2, {1}, false, wide(g)).to(at::kFloat));
   }
   return norms.size() == 1 ? norms[0] : at::linalg_vector_norm(at::stack(norms), 2, {0});
+}
+
+// "(3, 4), ()".
+std::string shapes_of(at::TensorList tensors) {
+  std::ostringstream out;
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    out << (k ? ", (" : "(");
+    for (int64_t d = 0; d < tensors[k].dim(); ++d) {
+      out << (d ? ", " : "") << tensors[k].sym_size(d);
+    }
+    out << (tensors[k].dim() == 1 ? ",)" : ")");
+  }
+  return out.str();
 }
 
 class Pick : public torch::autograd::Function<Pick> {
@@ -65,7 +86,7 @@ class Pick : public torch::autograd::Function<Pick> {
     }
     TORCH_CHECK_VALUE(
         any, "examples= needs an output with an entry for each of the ", num_examples,
-        " examples, first dimension; the first output has the shape ", outputs[0].sym_sizes(), ".");
+        " examples, first dimension; the outputs have the shapes ", shapes_of(outputs), ".");
     // Not saved: it is written in the backward pass, and so are what others hold of it.
     ctx->saved_data["kept"] = kept;
     if (state) {
@@ -79,10 +100,14 @@ class Pick : public torch::autograd::Function<Pick> {
     ctx->saved_data["flags"] = std::vector<bool>{unbiased, whole};
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list copies;
+    variable_list copies, fixed;
     for (const Tensor& output : outputs) {
       copies.push_back(output.clone());
+      if (!output.requires_grad()) {
+        fixed.push_back(copies.back());
+      }
     }
+    ctx->mark_non_differentiable(fixed);
     return copies;
   }
 
@@ -157,19 +182,18 @@ std::vector<Tensor> pick_examples(
   return Pick::apply(outputs, kept, num_examples, state, floor, unbiased, needed, share, memory, whole);
 }
 
-// (1 - floor) * size / sum + floor / batch in place. A size that is not finite comes before all others.
+// (1 - floor) * size / sum + floor / batch in place. One that is not finite comes first, so that a gradient that is nan
+// reaches the weights.
 void weigh(double* size, int64_t batch, double floor) {
-  double largest = 0, total = 0;
+  constexpr double FIRST = 1e9;
+  const double uniform = 1.0 / static_cast<double>(batch);
+  double total = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    largest = std::isfinite(size[b]) ? std::max(largest, size[b]) : largest;
+    total += std::isfinite(size[b]) ? size[b] : 0;
   }
   for (int64_t b = 0; b < batch; ++b) {
-    size[b] = std::isfinite(size[b]) ? size[b] : std::max(largest, 1.0) * 1e9;
-    total += size[b];
-  }
-  for (int64_t b = 0; b < batch; ++b) {
-    const double uniform = 1.0 / static_cast<double>(batch);
-    size[b] = (1 - floor) * (total > 0 ? size[b] / total : uniform) + floor * uniform;
+    const double mixed = (1 - floor) * (total > 0 ? size[b] / total : uniform) + floor * uniform;
+    size[b] = std::isfinite(size[b]) ? mixed : FIRST;
   }
 }
 
@@ -208,19 +232,19 @@ void note_needed_(Tensor& needed, const Tensor& size, double share, double memor
   torch::autograd::impl::bump_version(needed);
 }
 
-Tensor blank_examples(
-    Tensor& last, const Tensor& needed, int64_t num_examples, int64_t count, at::ArrayRef<double> fractions) {
+std::tuple<Tensor, Tensor> blank_examples(
+    const Tensor& needed, int64_t num_examples, int64_t count, at::ArrayRef<double> fractions) {
   if (!fractions.empty()) {
     const float wanted = needed.const_data_ptr<float>()[0];
     const auto enough = std::find_if(fractions.begin(), fractions.end(), [&](double f) { return f >= wanted; });
     const double fraction = enough == fractions.end() ? fractions.back() : *enough;
     count = std::max<int64_t>(1, std::ceil(fraction * static_cast<double>(num_examples) * (1 - 1e-9)));
   }
-  int64_t* to = last.mutable_data_ptr<int64_t>();
-  to[0] = count;
-  to[1] = num_examples;
-  torch::autograd::impl::bump_version(last);
-  return at::full({count}, -1, last.options());
+  const auto options = needed.options().dtype(at::kLong);
+  Tensor counts = at::empty({2}, options);
+  counts.mutable_data_ptr<int64_t>()[0] = count;
+  counts.mutable_data_ptr<int64_t>()[1] = num_examples;
+  return {at::full({count}, -1, options), counts};
 }
 
 }  // namespace

@@ -6,7 +6,6 @@ the gradient that arrives it chooses ``E`` of ``B`` examples, writes them into `
 them (``examples`` of ``rwfx.ops.row_linear``), and hands the gradient on with zeros for the others.
 
 ``rwfx::draw_by_size``   draws a fixed number of examples in proportion to a size.
-``rwfx::next_state``     the state of a step's draw and that of the next.
 ``rwfx::blank_examples`` makes a ``kept`` whose length follows what the last steps needed.
 ``rwfx::note_needed_``   notes what this one needs.
 
@@ -30,7 +29,7 @@ _library.define(
 )
 _library.define("draw_by_size(Tensor size, SymInt count, Tensor state, float floor=0.) -> (Tensor, Tensor)")
 _library.define(
-    "blank_examples(Tensor(a!) last, Tensor needed, SymInt num_examples, SymInt count, float[] fractions) -> Tensor"
+    "blank_examples(Tensor needed, SymInt num_examples, SymInt count, float[] fractions) -> (Tensor, Tensor)"
 )
 _library.define("note_needed_(Tensor(a!) needed, Tensor size, float share, float memory) -> ()")
 
@@ -156,12 +155,11 @@ _library.impl("pick_examples", _pick_without_gradient, "CompositeExplicitAutogra
 def _draw_by_size(size: Tensor, count: int, state: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     key = mix(state[0], state[1]).to(size.device)
     size_B = size.double()
-    # One that is not finite comes first, so that a gradient that is nan reaches the weights.
     finite = size_B.isfinite()
-    largest = torch.where(finite, size_B, 0.0).amax()
-    size_B = torch.where(finite, size_B, largest.clamp(min=1.0) * 1e9)
-    total = size_B.sum()
-    size_B = (1 - floor) * torch.where(total > 0, size_B / total, 1 / len(size_B)) + floor / len(size_B)
+    total = torch.where(finite, size_B, 0.0).sum()
+    mixed = (1 - floor) * torch.where(total > 0, size_B / total, 1 / len(size_B)) + floor / len(size_B)
+    # One that is not finite comes first, so that a gradient that is nan reaches the weights.
+    size_B = torch.where(finite, mixed, 1e9)
     chance_B = inclusion_probabilities(size_B, count)
     places = torch.arange(len(size_B), device=size.device)
     order_B = bits(key, _ORDER, places).argsort()
@@ -180,27 +178,27 @@ def _(size, count, state, floor=0.0):
     return size.new_empty((count,), dtype=torch.int64), size.new_empty((count,), dtype=torch.float32)
 
 
-def _blank_examples(last: Tensor, needed: Tensor, num_examples: int, count: int, fractions: list[float]) -> Tensor:
+def _blank_examples(needed: Tensor, num_examples: int, count: int, fractions: list[float]) -> tuple[Tensor, Tensor]:
     """``(count,)`` of -1; or, with ``fractions``, rising, as many as the smallest that is not below ``needed``.
 
-    ``last`` ``(2,)`` int64 is told their number, and that of the examples.
+    And their number and that of the examples, ``(2,)`` int64.
     """
     if fractions:
         wanted = float(needed)
         fraction = next((f for f in fractions if f >= wanted), fractions[-1])
         count = max(1, math.ceil(fraction * num_examples * (1 - 1e-9)))
-    last.copy_(torch.tensor([count, num_examples]))
-    return torch.full((count,), -1, dtype=torch.int64, device=needed.device)
+    blank = torch.full((count,), -1, dtype=torch.int64, device=needed.device)
+    return blank, torch.tensor([count, num_examples], device=needed.device)
 
 
 _library.impl("blank_examples", _blank_examples, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rwfx::blank_examples", lib=_library)
-def _(last, needed, num_examples, count, fractions):
+def _(needed, num_examples, count, fractions):
     if fractions:
         count = allocate_size(torch.library.get_ctx()._shape_env, 1, num_examples)
-    return needed.new_empty((count,), dtype=torch.int64)
+    return tuple(needed.new_empty((n,), dtype=torch.int64) for n in (count, 2))
 
 
 def _note_needed(needed: Tensor, size: Tensor, share: float, memory: float) -> None:
