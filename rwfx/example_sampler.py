@@ -99,5 +99,5 @@ def kept_of(fraction: float, num_examples: int) -> int:
     """How many of ``num_examples`` a fraction or a number is: rounded up, at least one. Also of a compiler's
     symbols."""
     if isinstance(fraction, int):
-        return torch.sym_min(fraction, num_examples)
+        return torch.sym_min(fraction, num_examples)  # type: ignore[return-value]
     return (num_examples * max(1, round(fraction * PARTS)) + PARTS - 1) // PARTS
