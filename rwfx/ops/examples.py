@@ -210,7 +210,8 @@ _library.impl("blank_examples", _blank_examples, "CompositeExplicitAutograd")
 @torch.library.register_fake("rwfx::blank_examples", lib=_library)
 def _(needed, num_examples, fractions):
     shape_env = torch.library.get_ctx()._shape_env
-    return needed.new_empty((allocate_size(shape_env, 1, num_examples),), dtype=torch.int64)
+    most = num_examples if isinstance(num_examples, int) else None  # a bound cannot be a symbol
+    return needed.new_empty((allocate_size(shape_env, 1, most),), dtype=torch.int64)
 
 
 def _note_needed(needed: Tensor, size: Tensor, share: float, memory: float) -> None:
