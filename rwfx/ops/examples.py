@@ -136,7 +136,7 @@ def sizes_of(gradients: list[Tensor]) -> Tensor:
     """The Euclidean norm of each example's gradient, over all of ``gradients`` ``(B, ...)``: ``(B,)`` float32."""
     norms = [
         # In half precision a norm may be no number any more, and many are equal.
-        torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
+        torch.linalg.vector_norm(g.reshape(g.shape[0], -1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
         for g in gradients
     ]
     if len(norms) == 1:
