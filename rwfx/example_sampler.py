@@ -29,6 +29,8 @@ class ExampleSampler(KeepsTypes):
     def __init__(self, policy: ExamplePolicy, seed: int) -> None:
         super().__init__()
         self.policy = policy
+        # Computed here: of a fraction that is computed with in the forward pass a compiler may make a symbol.
+        self.number, self.parts = (0, 0) if isinstance(policy, AdaptiveExamples) else counted(policy.fraction)
         self.register_buffer("state", torch.tensor([seed, 0]), persistent=False)
         self.register_buffer("needed", torch.ones(1), persistent=False)
         self.all_rows = Buffers([])  # of the weights whose calls leave out examples but no rows, by their number
@@ -45,7 +47,7 @@ class ExampleSampler(KeepsTypes):
         if isinstance(self.policy, AdaptiveExamples):
             fractions = list(self.policy.fractions)
         else:
-            count = kept_of(self.policy.fraction, num_examples)
+            count = kept_of(self.number, self.parts, num_examples)
         blank, counts = torch.ops.rwfx.blank_examples.default(self.needed, num_examples, count, fractions)
         self.last.copy_(counts)
         return blank, state
@@ -97,9 +99,13 @@ class ExampleSampler(KeepsTypes):
         self.needed.copy_(state["examples.needed"])
 
 
-def kept_of(fraction: float, num_examples: int) -> int:
-    """How many of ``num_examples`` a fraction or a number is: rounded up, at least one. Also of a compiler's
-    symbols."""
-    if isinstance(fraction, int):
-        return torch.sym_min(fraction, num_examples)
-    return (num_examples * max(1, round(fraction * PARTS)) + PARTS - 1) // PARTS
+def counted(fraction: float | int) -> tuple[int, int]:
+    """A number of examples and 0, or 0 and how many of ``PARTS`` a fraction is."""
+    return (fraction, 0) if isinstance(fraction, int) else (0, max(1, round(fraction * PARTS)))
+
+
+def kept_of(number: int, parts: int, num_examples: int) -> int:
+    """How many of ``num_examples``, also a compiler's symbol, what is ``counted`` keeps: rounded up."""
+    if number:
+        return torch.sym_min(number, num_examples)  # type: ignore[return-value]
+    return (num_examples * parts + PARTS - 1) // PARTS

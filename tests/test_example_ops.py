@@ -9,7 +9,7 @@ from oracles import chances_of, sizes_of_examples, to_dense
 from torch.testing import assert_close
 
 from rwfx import native
-from rwfx.example_sampler import kept_of
+from rwfx.example_sampler import counted, kept_of
 from rwfx.examples import AdaptiveExamples, example_policy
 from rwfx.ops import keep_rows, row_linear
 from rwfx.ops.examples import pick_examples
@@ -160,9 +160,9 @@ def test_needed_is_the_mean_share_of_examples_that_hold_the_square():
 
 def test_a_fraction_is_rounded_up_and_a_number_is_at_most_all():
     for fraction, size, count in ((0.3, 10, 3), (0.3, 11, 4), (0.01, 5, 1), (1.0, 7, 7), (2, 5, 2), (9, 5, 5)):
-        assert kept_of(fraction, size) == count
+        assert kept_of(*counted(fraction), size) == count
     for given in (pytest.importorskip("numpy").int64(2), 2):
-        assert kept_of(example_policy(given).fraction, 5) == 2
+        assert kept_of(*counted(example_policy(given).fraction), 5) == 2
     fractions = AdaptiveExamples(0.9, 0.1, 0.5).fractions
     assert fractions[0] == 0.1
     assert fractions[-1] == 0.5

@@ -88,17 +88,20 @@ def test_compiled_it_is_one_graph_with_the_gradients_of_eager(kind, options):
     assert (len(counts) > 1) == isinstance(options["examples"], AdaptiveExamples)
 
 
-def test_compiled_the_batch_may_change_its_size():
+@pytest.mark.parametrize("examples", [0.4, 3, AdaptiveExamples(0.9, 0.4, 0.4)], ids=["share", "number", "adaptive"])
+def test_compiled_the_batch_may_change_its_size(examples):
     model = make(Residual)
-    sparse = rwfx.transform(model, examples=0.4, seed=1)
-    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
-    for size in (12, 7, 1, 12, 7):
-        inputs = batch_for(model, size)
+    sparse = rwfx.transform(model, examples=examples, seed=1)
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True, dynamic=True)
+    counters.clear()
+    for size in (13, 7, 20, 9, 1, 13):
+        inputs, count = batch_for(model, size), min(3, size) if examples == 3 else -(-size * 4 // 10)
         model.zero_grad()
         loss_of(run(compiled, inputs)).backward()
         ours = gradients(model)
-        assert_equal(ours, top_gradients(model, inputs, -(-size * 4 // 10)))
-        assert sparse.examples == (-(-size * 4 // 10), size)
+        assert_equal(ours, top_gradients(model, inputs, count))
+        assert sparse.examples == (count, size)
+    assert counters["stats"]["unique_graphs"] == 2  # a size of 1 is always one of its own
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

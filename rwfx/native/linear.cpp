@@ -124,7 +124,7 @@ Tensor scatter_columns(
     at::parallel_for(0, x.size(0), grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         scalar_t* row = to + (place ? place[b] : b) * width;
-        if (at == nullptr) {
+        if (!columns) {  // not by `at`, which is null for an empty set too
           std::memcpy(row, from + b * count, count * sizeof(scalar_t));
           continue;
         }

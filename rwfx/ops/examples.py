@@ -129,7 +129,7 @@ def sizes_of(gradients: list[Tensor]) -> Tensor:
     """The Euclidean norm of each example's gradient, over all of ``gradients`` ``(B, ...)``: ``(B,)`` float32."""
     norms = [
         # In half precision a norm may be no number any more, and many are equal.
-        torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
+        torch.linalg.vector_norm(g.reshape(g.shape[0], -1), dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
         for g in gradients
     ]
     if len(norms) == 1:
@@ -197,7 +197,8 @@ _library.impl("blank_examples", _blank_examples, "CompositeExplicitAutograd")
 @torch.library.register_fake("rwfx::blank_examples", lib=_library)
 def _(needed, num_examples, count, fractions):
     if fractions:
-        count = allocate_size(torch.library.get_ctx()._shape_env, 1, num_examples)
+        most = num_examples if isinstance(num_examples, int) else None  # a bound cannot be a symbol
+        count = allocate_size(torch.library.get_ctx()._shape_env, 1, most)
     return tuple(needed.new_empty((n,), dtype=torch.int64) for n in (count, 2))
 
 
