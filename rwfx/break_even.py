@@ -46,6 +46,7 @@ class Candidate:
     sources: tuple[str, ...] = ()  # the weights whose rows are the only columns read of such a gradient
     dense_grad: bool = False  # whether gradients are filled up with zeros, and the optimizer updates every row
     full_dx: bool = False  # whether the input's gradient is that of all rows
+    examples: float = 1.0  # the share of the batch that takes part in the backward, whether row-sparse or not
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class CostModel:
         of, batch = candidate, candidate.batch_size
         product = 2 * batch * of.features * self.flop
         forward = of.calls * of.rows * product
-        dense = forward + of.rows * of.features * self.update
+        batch, product = batch * of.examples, product * of.examples
+        dense = of.calls * of.rows * product + of.rows * of.features * self.update
         dense += of.input_grads * (of.rows * product + batch * of.features * self.pass_)
         sparse = of.calls * (of.kept * product + batch * of.kept * self.gather + self.call)
         updated = of.rows if of.dense_grad else of.kept

@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from rwfx.break_even import Candidate, CostModel
 from rwfx.capture import Capture
-from rwfx.passes.normalize import parameter_of
+from rwfx.passes.follow_examples import MARK
+from rwfx.passes.normalize import convolution_of, parameter_of, weight_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.policies import Densities, Policy, TopK
@@ -117,6 +118,19 @@ def with_sources(lines: Sequence[Line], gm: GraphModule, rows: Mapping[str, RowN
     return tuple(replace(line, sources=tuple(sources.get(line.weight, ()))) for line in lines)
 
 
+def with_followers(lines: Sequence[Line], gm: GraphModule) -> tuple[Line, ...]:
+    """The lines, with the weights marked whose calls follow the examples (``rwfx.passes.follow_examples``)."""
+    names = {id(p): name for name, p in reversed(list(gm.named_parameters(remove_duplicate=False)))}
+    calls: dict[str, list[bool]] = {}
+    for node in gm.graph.nodes:
+        weight = weight_of(gm, node)
+        if weight is None and (module := convolution_of(gm, node)) is not None:
+            weight = module._parameters["weight"]
+        if weight is not None:
+            calls.setdefault(names[id(weight)], []).append(bool(node.meta.get(MARK)))
+    return tuple(replace(line, leaves_examples=all(calls.get(line.weight, [False]))) for line in lines)
+
+
 def weigh(
     gm: GraphModule,
     sampler: RowSampler,
@@ -126,11 +140,13 @@ def weigh(
     model: CostModel,
     grad: str,
     dx: str,
+    examples: float = 1.0,
 ) -> tuple[Line, ...]:
     """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
 
     ``gm`` is the model with the weights of ``lines`` made row-sparse, and ``sampler`` what draws their rows. ``graph``
-    and ``shapes`` are of the model before that.
+    and ``shapes`` are of the model before that; ``examples`` is the share of the batch that takes part in the backward
+    of the calls that leave examples out.
     """
     kept = sampler.expected_rows([gm.get_parameter(name) for name in sampler.crossed])
     candidates = []
@@ -140,7 +156,7 @@ def weigh(
         nodes = [use.node for use in graph.uses if use.weight == line.weight]
         batch = max(shapes[node].numel() // line.rows for node in nodes) if shapes else model.batch_size
         shape = line.rows, line.features, kept[line.weight]
-        how = line.sources, grad == "dense", dx == "full"
+        how = line.sources, grad == "dense", dx == "full", examples if line.leaves_examples else 1.0
         candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how))
     crossed = sum(gm.get_parameter(name).shape[1] for name in sampler.crossed)
     paying = model.paying(candidates, model.sampler(sampler.num_paths, crossed))

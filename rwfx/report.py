@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rwfx.break_even import Costs
+from rwfx.examples import ExamplePolicy
 from rwfx.policies import Policy, TopK
 
 
@@ -22,6 +23,7 @@ class Line:
     dense_because: str = ""  # empty: its backward is row-sparse
     sources: tuple[str, ...] = ()  # for some of these, the weights whose rows are the only columns read of it
     costs: Costs | None = None  # predicted; None: nothing was
+    leaves_examples: bool = False  # whether its calls compute their backward with the kept examples alone
 
     @property
     def share_of_limit(self) -> float | None:
@@ -63,6 +65,8 @@ class Report:
     policy: Policy
     kept_rows: Mapping[str, int]  # of the last draw; empty before the first
     notes: tuple[str, ...] = ()
+    example_policy: ExamplePolicy | None = None
+    examples: tuple[int, int] | None = None  # how many the last training forward kept, and of how many
 
     @property
     def predicted(self) -> tuple[float, float] | None:
@@ -93,24 +97,27 @@ class Report:
         Per call on a weight ``(O, I)`` with K rows kept: forward ``2 B O I``; backward ``2 B K I`` for the
         weight and, where the input needs a gradient, ``2 B K C`` for it, with C the columns of it that are read: I, or
         the rows kept of the weight that produces it (with ``dx="full"`` it is ``2 B O I``). A masked backward computes
-        what the dense one does. Before the first draw, every row counts.
+        what the dense one does. Before the first draw, every row counts. In the backward of a call that leaves examples
+        out, B is the share of the batch that the last step kept.
         """
+        kept_examples, of_examples = self.examples or (1, 1)
         forward = backward = dense = 0
         for line in self.lines:
             product = 2 * batch_size * line.rows * line.features
             kept = self.kept_rows.get(line.weight, line.rows) if self.mode == "sparse" else line.rows
-            on_rows = 2 * batch_size * kept * line.features
+            taking_part = batch_size * kept_examples / of_examples if line.leaves_examples else batch_size
+            on_rows = 2 * taking_part * kept * line.features
             forward += product * line.calls
             dense += product * (line.calls + line.input_grads)
             backward += on_rows * line.calls
             if self.dx == "full":
-                backward += product * line.input_grads
+                backward += 2 * taking_part * line.rows * line.features * line.input_grads
                 continue
             sizes = {other.weight: other.rows for other in self.lines}
             read = [self.kept_rows.get(source, sizes[source]) for source in line.sources]
-            backward += sum(2 * batch_size * kept * columns for columns in read)
+            backward += sum(2 * taking_part * kept * columns for columns in read)
             backward += on_rows * (line.input_grads - len(read))
-        return Flops(forward, backward, dense)
+        return Flops(forward, round(backward), dense)
 
     @property
     def kept_share(self) -> float:
@@ -126,10 +133,13 @@ class Report:
             kept = self.kept_rows.get(line.weight)
             share = "" if kept is None else f"{kept:>5} {kept / line.rows:>7.1%}"
             how = f"dense: {line.dense_because}" if line.dense_because else self.mode
+            how = (
+                f"kept examples, all rows: {line.dense_because}" if line.dense_because and line.leaves_examples else how
+            )
             shape = f"{line.rows} x {line.features}"
             limit = "" if line.share_of_limit is None else f"{line.share_of_limit:.0%}"
             text.append(f"{line.weight:<{width}}  {shape:>13}  {share:>13}  {limit:>8}  {how}")
-        if self.kept_rows:
+        if self.kept_rows or self.examples:
             flops = self.flops()
             text.append(
                 f"multiply-adds of the linear calls, per input: {flops.total // 2:,} of {flops.dense_total // 2:,} "
@@ -137,6 +147,9 @@ class Report:
             )
         elif self.sparse:
             text.append("no training step yet: no rows drawn")
+        if self.example_policy is not None:
+            last = "" if self.examples is None else f", {self.examples[0]} of {self.examples[1]} in the last step"
+            text.append(f"examples: {self.example_policy}{last}")
         where = "in the backward pass" if isinstance(self.policy, TopK) else "before the forward pass"
         text.append(f"rows: {self.policy}, chosen {where}")
         if self.predicted:

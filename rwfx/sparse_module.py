@@ -54,7 +54,8 @@ class SparseModule(GraphModule):
         if not any(kept.values()):  # TopK chooses in the backward pass, which has not been
             kept = {}
         settings = self.settings
-        return Report(self.lines, settings["mode"], settings["dx"], settings["rows"], kept, self.notes)
+        about = settings["mode"], settings["dx"], settings["rows"], kept, self.notes
+        return Report(self.lines, *about, settings["examples"], self.examples)
 
     def sampler_state(self) -> dict[str, Tensor]:
         """The row sampler's random stream, last draw and memory: with ``state_dict`` all for an exact resume."""

@@ -17,7 +17,7 @@ from rwfx import native
 from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
 from rwfx.capture import Capture, capture, shared_copy, split_inputs
-from rwfx.choose import densities_of, lines_of, weigh, with_sources
+from rwfx.choose import densities_of, lines_of, weigh, with_followers, with_sources
 from rwfx.draws import sampler_of, starts_at_loss
 from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import ExamplePolicy, TopExamples, example_policy
@@ -121,6 +121,7 @@ def transform(
     lines = lines_of(gm, graph, captured, patterns, grad, policy, densities, of_examples is not None)
     kept = [line.weight for line in lines if not line.dense_because]
     gm, example_notes = _followed(gm, captured, of_examples, example_inputs)
+    lines = with_followers(lines, gm)
     if not kept and of_examples is None:
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
         raise ValueError(f"no weight is left to make sparse ({reasons}).")
@@ -142,7 +143,8 @@ def transform(
     lines = with_sources(lines, sparse_gm, nodes)
     costs = _cost_model(break_even, device.type, mode)
     if costs is not None:
-        lines = weigh(sparse_gm, sampler, lines, graph, shapes, costs, grad, dx)
+        share = 1.0 if of_examples is None else ExampleSampler(of_examples, 0).expected_fraction
+        lines = weigh(sparse_gm, sampler, lines, graph, shapes, costs, grad, dx, share)
         paying = [line.weight for line in lines if not line.dense_because]
         if paying != kept:
             sparse_gm, nodes, sampler = rewritten(paying)

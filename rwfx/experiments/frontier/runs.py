@@ -106,7 +106,7 @@ class Run:
         if not isinstance(network, SparseModule):
             return batch, self.products.dense(batch)
         contender = CONTENDERS[self.entry.contender]
-        kept = batch if contender.examples is None else network.examples[0]
+        kept = network.examples[0] if network.examples else batch
         rows = {} if contender.rows is None else {weight: len(of) for weight, of in network.rows.items()}
         return kept, self.products.sparse(batch, dict.fromkeys(self._confined, kept), rows)
 
