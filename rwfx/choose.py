@@ -53,7 +53,7 @@ def lines_of(
             if not isinstance(policy.density, Mapping):
                 reason = "it gives the outputs, whose rows are terms of the loss; a density by name makes it sparse"
         elif of_examples and densities is not None and densities[weight] == 1:
-            reason = "all of its rows are asked for"
+            reason = "its density is 1"
         elif isinstance(policy, TopK) and len(uses) > 1:
             reason = f"{len(uses)} calls use it, and TopK would choose other rows in each"
         elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):

@@ -72,6 +72,8 @@ class Report:
     def predicted(self) -> tuple[float, float] | None:
         """How many times as fast as dense a step is predicted to be, and the limit: that with a free backward.
 
+        Where examples are left out: as fast as with all rows of the examples kept.
+
         Of the weights alone: not counted are the sampler, the loss and whatever else the model computes.
         """
         costs = [(line.costs, not line.dense_because) for line in self.lines if line.costs is not None]
@@ -133,9 +135,8 @@ class Report:
             kept = self.kept_rows.get(line.weight)
             share = "" if kept is None else f"{kept:>5} {kept / line.rows:>7.1%}"
             how = f"dense: {line.dense_because}" if line.dense_because else self.mode
-            how = (
-                f"kept examples, all rows: {line.dense_because}" if line.dense_because and line.leaves_examples else how
-            )
+            if line.dense_because and line.leaves_examples:
+                how = f"all rows of the kept examples: {line.dense_because}"
             shape = f"{line.rows} x {line.features}"
             limit = "" if line.share_of_limit is None else f"{line.share_of_limit:.0%}"
             text.append(f"{line.weight:<{width}}  {shape:>13}  {share:>13}  {limit:>8}  {how}")
@@ -153,8 +154,8 @@ class Report:
         where = "in the backward pass" if isinstance(self.policy, TopK) else "before the forward pass"
         text.append(f"rows: {self.policy}, chosen {where}")
         if self.predicted:
-            text.append(
-                "predicted: a step {:.1f} times as fast as dense, at most {:.1f} (the limit)".format(*self.predicted)
-            )
+            than = "dense" if self.example_policy is None else "with all rows of the kept examples"
+            times, limit = self.predicted
+            text.append(f"predicted: a step {times:.1f} times as fast as {than}, at most {limit:.1f} (the limit)")
         text += [f"note: {note}" for note in self.notes]
         return "\n".join(text)
