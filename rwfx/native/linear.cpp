@@ -626,10 +626,12 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         trained ? a : Tensor(),
         needs_x && of ? (of->of_input ? x : a) : Tensor(),
         needs_x ? weight : Tensor(),
-        scale.value_or(Tensor()),
     });
-    // Not saved: a choice of examples may choose rows too, and writes both in the backward pass.
+    // Not saved: a choice of examples may choose rows too, and writes them in the backward pass.
     ctx->saved_data["rows"] = rows;
+    if (scale) {
+      ctx->saved_data["scale"] = *scale;
+    }
     if (columns) {
       ctx->saved_data["columns"] = *columns;
     }
@@ -685,7 +687,7 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         given(2, needs_x),
         rows,
         held("columns"),
-        given(3, true),
+        held("scale"),
         kept ? of_kept_bias : of_bias,
         static_cast<at::ScalarType>(dtypes[0]),
         static_cast<at::ScalarType>(dtypes[1]),

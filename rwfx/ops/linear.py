@@ -13,6 +13,7 @@ Axes: B the leading dimensions flattened, I input features, O rows of the weight
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -216,9 +217,9 @@ class _Linear(torch.autograd.Function):
         activated = (x if ctx.activation.of_input else a) if ctx.activation and x.requires_grad else None
         # Only what the backward pass reads.
         weight_read = weight if x.requires_grad else None
-        ctx.save_for_backward(a if trained else None, activated, weight_read, scale)
-        # Not saved: a choice of examples may choose rows too, and writes both in the backward pass.
-        ctx.rows, ctx.columns = rows, columns
+        ctx.save_for_backward(a if trained else None, activated, weight_read)
+        # Not saved: a choice of examples may choose rows too, and writes them in the backward pass.
+        ctx.rows, ctx.columns, ctx.scale = rows, columns, scale
         # Not saved: autograd would refuse a buffer that another call's backward pass has written since.
         ctx.seen, ctx.seen_all, ctx.chosen = seen, seen_all, chosen
         ctx.examples, ctx.num_examples = examples, num_examples
@@ -227,11 +228,11 @@ class _Linear(torch.autograd.Function):
         return _product(a, weight, bias, dtype)
 
     @staticmethod
-    def begin(ctx, g):
-        """The output's gradient as a matrix, and the row set."""
+    def begin(ctx, g, rows):
+        """The output's gradient as a matrix, and the row set: ``rows``, unless it is chosen here."""
         if torch.is_grad_enabled():
             raise RuntimeError("rwfx::row_linear has no second derivative: leave create_graph=True out.")
-        g_BO, rows = _Linear.kept(ctx, g), ctx.rows
+        g_BO = _Linear.kept(ctx, g)
         size_O = None
         if ctx.seen is not None and ctx.seen_all:
             observe_(ctx.seen, g_BO)
@@ -260,7 +261,7 @@ class _Linear(torch.autograd.Function):
     def gradients(ctx, g, dx, dw, db):
         if dx is not None:
             if ctx.examples is not None:
-                num_places = g.shape[:-1].numel()
+                num_places = prod(g.shape[:-1])
                 places = places_of(ctx.examples, num_places // ctx.num_examples)
                 dx = dx.new_zeros(num_places, dx.shape[-1]).index_copy(0, places, dx)
             dx = dx.reshape(*g.shape[:-1], dx.shape[-1])
@@ -277,9 +278,9 @@ class _Linear(torch.autograd.Function):
 class _RowLinear(_Linear):
     @staticmethod
     def backward(ctx, g):
-        g_BO, rows = _Linear.begin(ctx, g)
-        a, activated, weight, scale = ctx.saved_tensors
-        columns = ctx.columns
+        a, activated, weight = ctx.saved_tensors  # once: checkpointing gives them no second time
+        columns, scale = ctx.columns, ctx.scale
+        g_BO, rows = _Linear.begin(ctx, g, ctx.rows)
         needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
         num_rows = g.shape[-1]
         g_BK = g_BO.index_select(1, rows)
@@ -305,7 +306,7 @@ class _RowLinear(_Linear):
                 activated_BC = None if activated_BI is None else activated_BI.index_select(1, columns)
                 w_KC = weight.index_select(0, rows).index_select(1, columns).to(g.dtype)
                 dx_BC = _Linear.through_activation(ctx, g_BK @ w_KC, activated_BC)
-                dx = dx_BC.new_zeros(len(g_BK), weight.shape[1]).index_copy(1, columns, dx_BC)
+                dx = dx_BC.new_zeros(g_BK.shape[0], weight.shape[1]).index_copy(1, columns, dx_BC)
         if needs_weight:
             dw = of_parameter(g_BK.t() @ _Linear.kept(ctx, a).to(g.dtype))
         if needs_bias:
@@ -337,8 +338,9 @@ class _MaskedLinear(_Linear):
 
     @staticmethod
     def backward(ctx, g):
-        g_BO, rows = _Linear.begin(ctx, g)
-        x, _, weight, scale = ctx.saved_tensors
+        x, _, weight = ctx.saved_tensors
+        scale = ctx.scale
+        g_BO, rows = _Linear.begin(ctx, g, ctx.rows)
         needs_x, needs_weight, needs_bias = _Linear.needs(ctx)
         num_rows = g.shape[-1]
         # Filled, not multiplied: a masked entry is zero also where the dense one is not finite.
@@ -403,7 +405,7 @@ def _check_examples(x: Tensor, examples: Tensor, num_examples: int) -> None:
         raise ValueError(
             f"examples must be a one-dimensional int64 tensor, got {examples.dtype} of shape {tuple(examples.shape)}."
         )
-    places = x.shape[:-1].numel()
+    places = prod(x.shape[:-1])  # not numel(), of which a compiler has to know the value
     torch._check_value(
         num_examples > 0 and places % num_examples == 0,
         lambda: f"the {places} places of x (its leading dimensions) cannot be dealt to {num_examples} examples.",
