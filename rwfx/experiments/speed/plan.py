@@ -14,6 +14,7 @@ import torch
 
 PARTS = {
     "steps": "Step times",
+    "examples": "Steps that leave out examples as well as rows",
     "memory": "Memory",
     "sampler": "The row sampler by itself",
     "build": "Building and compiling",
@@ -39,6 +40,27 @@ class Size:
     def __str__(self) -> str:
         return f"{self.name}@{self.batch_size}:{','.join(map(str, self.num_paths))}"
 
+
+@dataclass(frozen=True)
+class Thin:
+    """A perceptron whose steps keep a share of the examples and of the rows."""
+
+    widths: tuple[int, ...]
+    batch_size: int
+    examples: float
+    rows: float
+
+    @property
+    def size(self) -> Size:
+        """Without the shares."""
+        return Size(self.widths, self.batch_size, ())
+
+
+THIN = (
+    Thin((784, 2048, 2048, 10), 256, 0.3, 0.25),
+    Thin((784, 1024, 1024, 10), 64, 0.5, 0.25),
+)
+"""What the part *examples* measures."""
 
 SIZES = {
     "cpu": (
@@ -77,6 +99,7 @@ class Plan:
     out: Path = Path("results/speed")
     parts: tuple[str, ...] = tuple(PARTS)
     sizes: tuple[Size, ...] = SIZES["cpu"]
+    thin: tuple[Thin, ...] = THIN
     rounds: int = 20
     compiled: bool = True
     """Whether what goes through ``torch.compile`` is measured too."""

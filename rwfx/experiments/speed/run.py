@@ -2,9 +2,10 @@
 
     python -m rwfx.experiments speed --sizes 784-256-128-10@128:10,50,200 --only steps,memory
 
-The parts: *steps*, times of steps and of their parts, all contenders in turn; *memory*, the peak and what a step
-keeps; *sampler*, drawing rows by itself and how it grows; *build*, transforming and compiling. Each writes a CSV,
-and ``speed.md`` gets its tables and the conditions as soon as it is done.
+The parts: *steps*, times of steps and of their parts, all contenders in turn; *examples*, steps that leave out
+examples as well; *memory*, the peak and what a step keeps; *sampler*, drawing rows by itself and how it grows;
+*build*, transforming and compiling. Each writes a CSV, and ``speed.md`` gets its tables and the conditions as soon as
+it is done.
 """
 
 import os
@@ -14,13 +15,14 @@ from collections.abc import Callable
 from rwfx.experiments.extras import require
 from rwfx.experiments.machine import as_markdown, check_device, conditions, cuda_conditions
 from rwfx.experiments.models import mlp
-from rwfx.experiments.speed import building, memory, sampler, steps
+from rwfx.experiments.speed import building, memory, sampler, steps, thin
 from rwfx.experiments.speed.contenders import SEED, sparsify
 from rwfx.experiments.speed.plan import PARTS, Plan, check_plan
 from rwfx.files import replacing
 
 MEASURES: dict[str, Callable[[Plan, bool], str]] = {
     "steps": steps.run,
+    "examples": thin.run,
     "memory": memory.run,
     "sampler": sampler.run,
     "build": building.run,
