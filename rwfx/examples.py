@@ -1,5 +1,6 @@
-"""Example policies: which examples of a batch take part in the backward pass. Give one to ``rwfx.transform(model,
-examples=...)``.
+"""Example policies: which examples of a batch take part in the backward pass.
+
+Give one to ``rwfx.transform(model, examples=...)``, or a fraction, or a number of examples.
 
 All examples take part in the forward pass: the outputs, the loss and the statistics of a batch norm are those of the
 whole batch. Where the gradient of the loss arrives at the model's outputs, ``g = dL/dy``, the policy decides by the
