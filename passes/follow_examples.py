@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from rwfx.capture import untouched
 from rwfx.label_rules import bare_name, operation_of
 from rwfx.passes.normalize import convolution_of, weight_of
 from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
 
-MARK = "follows_examples"
+MARK = "follows_examples"  # of a call, in its ``meta``
+BATCH = "holds_the_batch"  # of the input whose first dimension counts the examples
+ENTRIES = "has_an_entry_for_each_example"  # of what is given out
 
 # Within an example whatever their arguments. A batch norm is across examples; what goes through it is left out with
 # them.
@@ -49,10 +50,19 @@ def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[Gr
         for node in marked.graph.nodes
         if weight_of(marked, node) is not None or convolution_of(marked, node) is not None
     ]
-    batch = inputs[0] if inputs else None
-    tried = isinstance(batch, Tensor) and batch.dim() > 0 and len(batch) > 1
-    following = _tried(marked, calls, inputs) if tried and inputs is not None else _known(marked)
+    placeholders = [node for node in marked.graph.nodes if node.op == "placeholder"]
+    values: tuple[Any, ...] = inputs or (None,) * len(placeholders)
+    batches = [(node, x) for node, x in zip(placeholders, values, strict=True) if inputs is None or _is_batch(x)]
+    if not batches:
+        raise ValueError("examples= needs an input that is a tensor whose first dimension counts the examples.")
+    node, batch = batches[0]
+    node.meta[BATCH] = True
+    tried = _is_batch(batch) and len(batch) > 1
+    following, with_entries = _tried(marked, calls, values, len(batch)) if tried else _known(marked, node)
     notes = []
+    (output,) = (node for node in marked.graph.nodes if node.op == "output")
+    for node in output.all_input_nodes:
+        node.meta[ENTRIES] = node.name in with_entries
     for node in calls:
         if node.name in following:
             node.meta[MARK] = True
@@ -69,18 +79,25 @@ def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[Gr
     return marked, tuple(notes)
 
 
-def _known(gm: GraphModule) -> set[str]:
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _known(gm: GraphModule, batch: Node) -> tuple[set[str], set[str]]:
     """The nodes whose values are known to hold one example after the other, and from which every way to the outputs is
-    known to as well."""
-    known: set[str] = set()
+    known to as well; and the nodes of which the former is known.
+
+    Of the inputs that is ``batch`` alone: another may be a table that all examples share.
+    """
+    known: set[str] = {batch.name}
     for node in gm.graph.nodes:
-        if node.op == "placeholder" or _is_within(gm, node, known):
+        if _is_within(gm, node, known):
             known.add(node.name)
     apart = set(known)
     for node in reversed(gm.graph.nodes):
         if not all(user.op == "output" or user.name in apart or _is_last(user) for user in node.users):
             apart.discard(node.name)
-    return apart
+    return apart, known
 
 
 def _is_last(node: Node) -> bool:
@@ -117,12 +134,24 @@ def _is_within(gm: GraphModule, node: Node, known: Collection[str]) -> bool:
     if name in ALONG:
         dim = node.kwargs.get("dim", node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0))
         dims = dim if isinstance(dim, list | tuple) else [dim]
-        # The last one is the first where there is one alone, and no linear call follows the examples there.
-        return all(isinstance(d, int) and (d > 0 or d == -1) for d in dims)
+        # The last one may be the first.
+        return all(isinstance(d, int) and (d > 0 or (d == -1 and _has_features(gm, from_examples[0]))) for d in dims)
     if name in POINTWISE:
         return not any(_adds_dimensions(gm, n) for n in node.all_input_nodes)
     # What is no pointwise operation multiplies with its other arguments: a product of two batches is across examples.
     return name in WITHIN and len(from_examples) == 1 and from_examples[0] in (*node.args[:1], *node.kwargs.values())
+
+
+def _has_features(gm: GraphModule, node: Node) -> bool:
+    """Whether its values are known to have a dimension besides that of the examples."""
+    while node.op != "placeholder":
+        if weight_of(gm, node) is not None or convolution_of(gm, node) is not None:
+            return True
+        name = bare_name(node.target) if node.op != "call_module" else operation_of(gm.get_submodule(str(node.target)))
+        if name not in POINTWISE | {"layer_norm", "batch_norm", "softmax", "log_softmax", "cat", "concat"}:
+            return False
+        node = next(n for n in node.all_input_nodes if n.op != "get_attr")
+    return False
 
 
 def _keeps_examples(of: Any, index: Any) -> bool:
@@ -142,11 +171,14 @@ def _adds_dimensions(gm: GraphModule, node: Node) -> bool:
     return isinstance(constant, Tensor) and constant.dim() > 2 and constant.shape[0] > 1
 
 
-def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...]) -> set[str]:
-    """The calls at which the gradient of one example's output arrives in that example's places alone."""
-    num_examples = len(inputs[0])
+def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...], num_examples: int) -> tuple[set[str], set[str]]:
+    """The calls at which the gradient of one example's output arrives in that example's places alone; and what is given
+    out with an entry for each example."""
     convolutions = {node.name for node in calls if node.op == "call_module"}
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    given_out = set(output.all_input_nodes)
     outputs: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
 
     class Calls(fx.Interpreter):
         def run_node(self, n: Node) -> Any:
@@ -155,41 +187,50 @@ def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...]) -> set[s
                 # Also where nothing before it is trained.
                 value = value.detach().clone().requires_grad_() if not value.requires_grad else value
                 outputs[n.name] = value
+            if n in given_out and _is_batch(value) and len(value) == num_examples:
+                leaves[n.name] = value
             return value
 
     norms = {path: module for path, module in gm.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
     training = {path: module.training for path, module in norms.items()}
+    # A weight that is zero bars the way to what is behind it, until it is trained.
+    zeros = {p: p.detach() == 0 for p in gm.parameters() if p.is_floating_point() and (p == 0).any()}
     with untouched(gm), torch.enable_grad():
         try:
             for module in norms.values():  # across examples by intention: what goes through it is left out
                 module.training = False
-            result = Calls(gm).run(*inputs)
+            with torch.no_grad():
+                for p, zero in zeros.items():
+                    p.copy_(torch.where(zero, 0.1 * torch.randn_like(p), p))
+            Calls(gm).run(*inputs)
+            trained = [y for y in leaves.values() if y.requires_grad]
+            return _apart(trained, outputs, num_examples, convolutions), set(leaves)
         finally:
             for path, module in norms.items():
                 module.training = training[path]
-        return _apart(result, outputs, num_examples, convolutions)
+            with torch.no_grad():
+                for p, zero in zeros.items():
+                    p.masked_fill_(zero, 0)
 
 
-def _apart(result: Any, outputs: Mapping[str, Tensor], num_examples: int, convolutions: Collection[str]) -> set[str]:
-    """Of ``outputs``, those in whose places the gradient of one example's ``result`` arrives alone."""
+def _apart(
+    leaves: list[Tensor], outputs: Mapping[str, Tensor], num_examples: int, convolutions: Collection[str]
+) -> set[str]:
+    """Of ``outputs``, those in whose places the gradient of one example's ``leaves`` arrives, and in no others."""
     following = {name for name, y in outputs.items() if _holds(y, num_examples, name in convolutions)}
-    leaves = [
-        y
-        for y in tree_leaves(result)
-        if isinstance(y, Tensor) and y.requires_grad and y.dim() and len(y) == num_examples
-    ]
-    for example in {0, 1, num_examples // 2, num_examples - 1}:
+    reached = set()
+    for example in {0, 1, num_examples // 2, num_examples - 1} if leaves else ():
         loss = sum((y[example] * torch.randn_like(y[example])).sum() for y in leaves)
-        if not isinstance(loss, Tensor):
-            return set()
-        arrived = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, retain_graph=True)
+        arrived = torch.autograd.grad([loss], list(outputs.values()), allow_unused=True, retain_graph=True)
         for name, g in zip(outputs, arrived, strict=True):
             if g is not None and name in following:
                 places = g.reshape(num_examples, -1).ne(0).any(1)
+                if places[example]:
+                    reached.add(name)
                 places[example] = False
                 if places.any():
                     following.discard(name)
-    return following
+    return following & reached
 
 
 def _holds(y: Tensor, num_examples: int, is_convolution: bool) -> bool:

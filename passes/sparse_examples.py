@@ -13,7 +13,7 @@ from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import AdaptiveExamples, SampledExamples
 from rwfx.label_rules import bare_name
 from rwfx.loss_walk import LossWalkSampler
-from rwfx.passes.follow_examples import MARK
+from rwfx.passes.follow_examples import BATCH, ENTRIES, MARK
 from rwfx.passes.normalize import convolution_of, weight_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import SAMPLER
@@ -38,7 +38,9 @@ def sparse_examples(gm: GraphModule, sampler: ExampleSampler, row_sampler: RowSa
     graph = confined.graph
     batch = batch_of(graph)
     assert batch is not None
-    first = next(node for node in graph.nodes if node.op != "placeholder")
+    first = batch.next  # an input may also come behind a check of another
+    while first.op == "placeholder":
+        first = first.next
     with graph.inserting_before(first):
         num_examples = graph.call_method("size", (batch, 0))
         made = graph.call_module(EXAMPLES, (num_examples,))
@@ -125,8 +127,8 @@ def _pick_by_walks(gm: GraphModule, sampler: LossWalkSampler, calls: Collection[
 
 
 def batch_of(graph: Graph) -> Node | None:
-    """The input whose first dimension counts the examples: the first."""
-    return next((node for node in graph.nodes if node.op == "placeholder"), None)
+    """The input whose first dimension counts the examples."""
+    return next((node for node in graph.nodes if node.meta.get(BATCH)), None)
 
 
 def _pick(
@@ -139,6 +141,14 @@ def _pick(
         node for node in output.all_input_nodes if node.op not in ("placeholder", "get_attr") and not _is_number(node)
     ]
     options: dict[str, Any] = dict(sampler.options)
+    without = [k for k, node in enumerate(outputs) if not node.meta.get(ENTRIES)]
+    if without:
+        options["without"] = without
+    if without and options.get("unbiased"):
+        raise ValueError(
+            f"unbiased=True needs outputs with an entry for each example, and {outputs[without[0]].name} has none: "
+            "what a loss takes from it reaches the weights by the kept examples alone, with no weight of their own."
+        )
     if isinstance(sampler.policy, SampledExamples):
         options["state"] = state
     with graph.inserting_before(output):

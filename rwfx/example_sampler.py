@@ -32,7 +32,7 @@ class ExampleSampler(KeepsTypes):
         # Computed here: of a fraction that is computed with in the forward pass a compiler may make a symbol.
         self.number, self.parts = (0, 0) if isinstance(policy, AdaptiveExamples) else counted(policy.fraction)
         self.register_buffer("state", torch.tensor([seed, 0]), persistent=False)
-        self.register_buffer("needed", torch.ones(1), persistent=False)
+        self.register_buffer("needed", torch.ones(1, dtype=torch.float32), persistent=False)
         self.all_rows = Buffers([])  # of the weights whose calls leave out examples but no rows, by their number
         self.register_buffer("last", torch.zeros(2, dtype=torch.int64), persistent=False)
 

@@ -33,6 +33,9 @@ class LossWalkSampler(GraphSampler):
         resample_every: int = 1,
     ) -> None:
         super().__init__(graph, kept, seed, densities, policy.min_rows)
+        if not kept:  # every weight keeps all of its rows: the examples are those with the largest gradient
+            self._head = -1
+            return
         if not self.exactly or resample_every > 1:
             raise ValueError(
                 'start="loss" needs a density that is a number, as the rows are drawn in the backward pass, and '

@@ -37,10 +37,11 @@ class Preference(KeepsTypes):
         self.sees_all = not isinstance(options, LearnedWalk)  # or only the rows drawn
         observed = observed_uses(graph, kept, options)
         self.calls = tuple(s.node for s in observed)
-        self.seen = Buffers(torch.zeros(s.rows) for s in observed)
+        self.seen = Buffers(torch.zeros(s.rows, dtype=torch.float32) for s in observed)
         sizes = torch.tensor([s.rows for s in observed])
         first_row = dict(zip(kept, torch.tensor([0, *(graph.rows(name) for name in kept)]).cumsum(0), strict=False))
         ids = torch.cat([torch.arange(s.base, s.base + s.rows) for s in observed])
+        start = options.optimism if isinstance(options, LearnedWalk) else 0.0
         constants = {
             # For every id its row among the observed ones; the others, and what is behind the ids, have the 1 behind.
             "place": torch.full((len(graph) + 1,), int(sizes.sum())).index_copy(0, ids, torch.arange(len(ids))),
@@ -48,9 +49,9 @@ class Preference(KeepsTypes):
             # Among all rows of the kept weights, as a sampler's ``last`` numbers them.
             "row": torch.cat([torch.arange(s.rows) + first_row[s.weight] for s in observed]),
             "sizes": sizes,
-            "one": torch.ones(1),
-            "taken": torch.zeros(int(sizes.sum())),
-            "value": torch.full((int(sizes.sum()),), options.optimism if isinstance(options, LearnedWalk) else 0.0),
+            "one": torch.ones(1, dtype=torch.float32),
+            "taken": torch.zeros(int(sizes.sum()), dtype=torch.float32),
+            "value": torch.full((int(sizes.sum()),), start, dtype=torch.float32),
         }
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)

@@ -81,12 +81,10 @@ class SparseModule(GraphModule):
     def examples(self) -> tuple[int, int] | None:
         """How many examples the last training forward kept for its backward, and of how many.
 
-        None for a model that was made without ``examples=``.
+        None before the first, and for a model that was made without ``examples=``.
         """
-        if self._examples is None:
-            return None
-        kept, of = self._examples.last.tolist()
-        return kept, of
+        kept, of = (0, 0) if self._examples is None else self._examples.last.tolist()
+        return (kept, of) if of else None
 
     @property
     def starts_at_labels(self) -> bool:

@@ -77,11 +77,13 @@ class Pick : public torch::autograd::Function<Pick> {
       const optional<Tensor>& needed,
       double share,
       double memory,
-      bool whole) {
+      bool whole,
+      at::IntArrayRef without) {
     std::vector<bool> has;
     bool any = false;
     for (const Tensor& output : outputs) {
-      has.push_back(output.dim() > 0 && output.sym_size(0) == num_examples);
+      const bool named = std::find(without.begin(), without.end(), static_cast<int64_t>(has.size())) != without.end();
+      has.push_back(!named && output.dim() > 0 && output.sym_size(0) == num_examples);
       any |= has.back();
     }
     TORCH_CHECK_VALUE(
@@ -163,7 +165,7 @@ class Pick : public torch::autograd::Function<Pick> {
       }
       all.push_back(at::zeros_like(g).index_copy(0, chosen, g_E));
     }
-    all.resize(all.size() + 9);
+    all.resize(all.size() + 10);
     return all;
   }
 };
@@ -178,8 +180,9 @@ std::vector<Tensor> pick_examples(
     const optional<Tensor>& needed,
     double share,
     double memory,
-    bool whole) {
-  return Pick::apply(outputs, kept, num_examples, state, floor, unbiased, needed, share, memory, whole);
+    bool whole,
+    at::IntArrayRef without) {
+  return Pick::apply(outputs, kept, num_examples, state, floor, unbiased, needed, share, memory, whole, without);
 }
 
 // (1 - floor) * size / sum + floor / batch in place. One that is not finite comes first, so that a gradient that is nan

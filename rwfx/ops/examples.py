@@ -25,7 +25,8 @@ from rwfx.ops.walk import bits, mix, uniform
 _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define(
     "pick_examples(Tensor[] outputs, Tensor kept, SymInt num_examples, Tensor? state=None, float floor=0., bool "
-    "unbiased=False, Tensor? needed=None, float share=1., float memory=0., bool whole=False) -> Tensor[]"
+    "unbiased=False, Tensor? needed=None, float share=1., float memory=0., bool whole=False, int[] without=[]) -> "
+    "Tensor[]"
 )
 _library.define("draw_by_size(Tensor size, SymInt count, Tensor state, float floor=0.) -> (Tensor, Tensor)")
 _library.define(
@@ -45,6 +46,7 @@ def pick_examples(
     share: float = 1.0,
     memory: float = 0.0,
     whole: bool = False,
+    without: tuple[int, ...] = (),
 ) -> list[Tensor]:
     """The outputs; their backward chooses the examples of ``kept``.
 
@@ -64,20 +66,24 @@ def pick_examples(
         whole: a promise that the outputs are those of ``row_linear`` with ``examples=kept`` and nothing else reads
         them:
             then the gradients of dropped examples need not be zero.
+        without: the positions of outputs that have no entry for each example, even where their shape looks like it.
 
     Raises:
         ValueError: no output has an entry for each of the ``num_examples``.
         RuntimeError: in the backward pass: no gradient arrives at such an output.
     """
     return torch.ops.rwfx.pick_examples.default(
-        outputs, kept, num_examples, state, floor, unbiased, needed, share, memory, whole
+        outputs, kept, num_examples, state, floor, unbiased, needed, share, memory, whole, without
     )
 
 
 class _Pick(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kept, num_examples, state, floor, unbiased, needed, share, memory, whole, *outputs):
-        ctx.of_examples = [output.dim() > 0 and output.shape[0] == num_examples for output in outputs]
+    def forward(ctx, kept, num_examples, state, floor, unbiased, needed, share, memory, whole, without, *outputs):
+        ctx.of_examples = [
+            k not in without and output.dim() > 0 and output.shape[0] == num_examples
+            for k, output in enumerate(outputs)
+        ]
         if not any(ctx.of_examples):
             raise ValueError(
                 f"examples= needs an output with an entry for each of the {num_examples} examples, first dimension; "
@@ -122,7 +128,7 @@ class _Pick(torch.autograd.Function):
                 g_E = g_E * scale_E.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
             return torch.zeros_like(g).index_copy(0, chosen, g_E)
 
-        return (*[None] * 9, *map(confined, gradients, ctx.of_examples))
+        return (*[None] * 10, *map(confined, gradients, ctx.of_examples))
 
 
 def sizes_of(gradients: list[Tensor]) -> Tensor:
@@ -138,9 +144,19 @@ def sizes_of(gradients: list[Tensor]) -> Tensor:
 
 
 def _pick(
-    outputs, kept, num_examples, state=None, floor=0.0, unbiased=False, needed=None, share=1.0, memory=0.0, whole=False
+    outputs,
+    kept,
+    num_examples,
+    state=None,
+    floor=0.0,
+    unbiased=False,
+    needed=None,
+    share=1.0,
+    memory=0.0,
+    whole=False,
+    without=(),
 ):
-    options = kept, num_examples, state, floor, unbiased, needed, share, memory, whole
+    options = kept, num_examples, state, floor, unbiased, needed, share, memory, whole, tuple(without)
     return list(_Pick.apply(*options, *outputs))
 
 
