@@ -148,10 +148,23 @@ def _has_features(gm: GraphModule, node: Node) -> bool:
         if weight_of(gm, node) is not None or convolution_of(gm, node) is not None:
             return True
         name = bare_name(node.target) if node.op != "call_module" else operation_of(gm.get_submodule(str(node.target)))
-        if name not in POINTWISE | {"layer_norm", "batch_norm", "softmax", "log_softmax", "cat", "concat"}:
+        sliced = name == "getitem" and _keeps_examples(*node.args) and not _is_one(node.args[1])
+        if not sliced and name not in POINTWISE | {
+            "layer_norm",
+            "batch_norm",
+            "softmax",
+            "log_softmax",
+            "cat",
+            "concat",
+        }:
             return False
         node = next(n for n in node.all_input_nodes if n.op != "get_attr")
     return False
+
+
+def _is_one(index: Any) -> bool:
+    """Whether an index takes one of a dimension, which is gone then."""
+    return any(isinstance(i, int) for i in (index if isinstance(index, tuple) else (index,)))
 
 
 def _keeps_examples(of: Any, index: Any) -> bool:

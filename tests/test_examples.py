@@ -89,6 +89,11 @@ def assert_exact(sparse, model, inputs, dx="rows", steps=2):
     return counts
 
 
+def refused(kind, name):
+    """Whether unbiased examples are asked for of a model with an output that has no entry for each of them."""
+    return kind is Heads and EXAMPLES[name] == EXAMPLES["sampled-unbiased"]
+
+
 def allowed(kind, options):
     """No density for the only weight, which gives the outputs; no ``1/p`` where a gradient would pass it twice."""
     rows = options.get("rows")
@@ -113,20 +118,24 @@ every_pair = pytest.mark.parametrize(("kind", "name"), PAIRS, ids=[f"{kind.__nam
 @every_pair
 def test_gradients_are_those_of_the_dense_model_in_which_dropped_examples_are_zero(kind, name):
     """Every model with every policy of examples and of rows; these with one another somewhere."""
+    if refused(kind, name):
+        pytest.skip("refused, as another test says")
     first = ZOO.index(kind) + [*EXAMPLES].index(name)
     rows = [*ROWS.values()]
     for number in (first, first + 5):
         options = rows[number % len(rows)]
         if allowed(kind, options):
-            is_exact(kind, EXAMPLES[name], options, told=kind is Sequence or number % 2)
+            is_exact(kind, EXAMPLES[name], options, told=kind in (Sequence, Heads) or number % 2)
 
 
 @pytest.mark.slow
 @every_pair
 def test_gradients_are_those_for_every_policy_of_rows(kind, name):
+    if refused(kind, name):
+        pytest.skip("refused, as another test says")
     for number, options in enumerate(ROWS.values()):
         if allowed(kind, options):
-            is_exact(kind, EXAMPLES[name], options, told=kind is Sequence or number % 2)
+            is_exact(kind, EXAMPLES[name], options, told=kind in (Sequence, Heads) or number % 2)
 
 
 # --- Which calls follow the examples ---------------------------------------------------------------------------------
