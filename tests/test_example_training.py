@@ -286,7 +286,9 @@ def test_checkpointing_changes_no_gradient(examples, reentrant):
 
 def test_a_loss_may_read_one_of_several_outputs():
     model = make(Heads)
-    sparse, inputs = rwfx.transform(model, examples=0.3, seed=1), batch_for(model)
+    inputs = batch_for(model)
+    told = {"x": inputs[0][0], **inputs[1]}
+    sparse = rwfx.transform(model, examples=0.3, seed=1, example_inputs=told)
     for loss in (lambda y: loss_of(y["class"]), lambda y: loss_of(y["box"][0]), lambda y: loss_of(y["box"])):
         model.zero_grad()
         loss(run(sparse, inputs)).backward()
