@@ -40,19 +40,18 @@ def normalize(gm: GraphModule) -> GraphModule:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling ``module`` is ``F.linear`` on its own parameters and nothing else."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and "forward" not in vars(module)
         and isinstance(module._parameters.get("weight"), nn.Parameter)
-        and not any(hooks)
+        and not has_hooks(module)
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` is more than its forward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def convolution_of(gm: GraphModule, node: Node) -> nn.Module | None:
@@ -61,13 +60,7 @@ def convolution_of(gm: GraphModule, node: Node) -> nn.Module | None:
         return None
     module = gm.get_submodule(str(node.target))
     kinds = {nn.Conv1d: nn.Conv1d.forward, nn.Conv2d: nn.Conv2d.forward, nn.Conv3d: nn.Conv3d.forward}
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    plain = type(module).forward is kinds.get(type(module)) and "forward" not in vars(module) and not any(hooks)
+    plain = type(module).forward is kinds.get(type(module)) and "forward" not in vars(module) and not has_hooks(module)
     ours = plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return module if ours and isinstance(module._parameters.get("weight"), nn.Parameter) else None
 

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from rwfx.label_rules import bare_name
 from rwfx.ops.linear import ACTIVATIONS
+from rwfx.passes.normalize import has_hooks
 
 ROW_LINEAR = torch.ops.rwfx.row_linear.default
 PLACES = {argument.name: place for place, argument in enumerate(ROW_LINEAR._schema.arguments)}
@@ -134,13 +135,7 @@ def _is_pointwise(gm: GraphModule, node: Node) -> bool:
         return False
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        hooks = (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-        return type(module) in POINTWISE_MODULES and not any(hooks)
+        return type(module) in POINTWISE_MODULES and not has_hooks(module)
     return node.op in ("call_function", "call_method") and bare_name(node.target) in POINTWISE
 
 

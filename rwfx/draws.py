@@ -16,7 +16,7 @@ import rwfx.ops.blank_rows  # noqa: F401  defines the operator
 from rwfx.labels import WeightUse
 from rwfx.loss_walk import LossWalkSampler
 from rwfx.policies import Magnitude, Policy, RandomWalk, TopK, Uniform
-from rwfx.sampler import Buffers, RowSampler
+from rwfx.sampler import Buffers, RowSampler, read_chosen
 from rwfx.schedules import Schedule
 from rwfx.walk import GraphSampler, WalkSampler
 from rwfx.weight_graph import WeightGraph
@@ -123,8 +123,7 @@ class TopKSampler(RowSampler):
 
     def row_sets(self) -> dict[str, Tensor]:
         """The row sets of the last backward pass, by weight; empty before the first."""
-        chosen = self.chosen.tensors()
-        return {name: of[1 : 1 + int(of[0])].clone() for name, of in zip(self.kept, chosen, strict=True)}
+        return dict(zip(self.kept, read_chosen(self.chosen), strict=True))
 
 
 SAMPLERS: Mapping[type, type[RowSampler]] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 import rwfx.ops.blank_rows
 import rwfx.ops.examples  # noqa: F401  and this others
 from rwfx.examples import AdaptiveExamples, ExamplePolicy, SampledExamples
-from rwfx.sampler import Buffers, KeepsTypes
+from rwfx.sampler import Buffers, KeepsTypes, check_entry
 
 PARTS = 1_000_000  # of which a fraction is counted in whole ones
 
@@ -65,14 +65,6 @@ class ExampleSampler(KeepsTypes):
             return {"share": self.policy.share, "memory": self.policy.memory}
         return {}
 
-    @property
-    def expected_fraction(self) -> float:
-        """The share of the examples that is kept, as far as it is known before: the least of an adaptive one."""
-        if isinstance(self.policy, AdaptiveExamples):
-            return self.policy.at_least
-        fraction = self.policy.fraction
-        return 1.0 if isinstance(fraction, int) else fraction
-
     def sampler_state(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on with the same draws."""
         return {f"examples.{name}": getattr(self, name).detach().cpu().clone() for name in ("state", "needed")}
@@ -84,13 +76,7 @@ class ExampleSampler(KeepsTypes):
             ValueError: names what is wrong.
         """
         for name, own in self.sampler_state().items():
-            given = state.get(name)
-            if not isinstance(given, Tensor) or given.shape != own.shape or given.dtype != own.dtype:
-                met = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
-                raise ValueError(
-                    f"sampler state {name!r} is {met}, this model needs {own.dtype} {tuple(own.shape)}: it was saved "
-                    "from a model that keeps all examples."
-                )
+            check_entry(name, state.get(name), own, "from a model that keeps all examples")
 
     def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where ``sampler_state`` was taken."""

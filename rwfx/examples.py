@@ -134,6 +134,13 @@ def example_policy(examples: Any) -> ExamplePolicy:
     return TopExamples(check_fraction("examples", examples))
 
 
+def expected_fraction(policy: ExamplePolicy) -> float:
+    """The share of the examples that is kept, as far as it is known before: the least of an adaptive one."""
+    if isinstance(policy, AdaptiveExamples):
+        return policy.at_least
+    return 1.0 if isinstance(policy.fraction, int) else policy.fraction
+
+
 def check_fraction(name: str, value: Any) -> float | int:
     """``value``, a fraction or a number of examples, as one of Python's own numbers.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import rwfx.ops.blank_rows
 import rwfx.ops.loss_walk  # noqa: F401  and this another
 from rwfx.policies import RandomWalk
-from rwfx.sampler import Buffers
+from rwfx.sampler import Buffers, read_chosen
 from rwfx.schedules import Schedule
 from rwfx.walk import GraphSampler
 from rwfx.weight_graph import WeightGraph
@@ -67,5 +67,4 @@ class LossWalkSampler(GraphSampler):
 
     def row_sets(self) -> dict[str, Tensor]:
         """The row sets of the last backward pass, by weight; empty before the first."""
-        chosen = self.chosen.tensors()
-        return {name: of[1 : 1 + int(of[0])].clone() for name, of in zip(self.kept, chosen, strict=True)}
+        return dict(zip(self.kept, read_chosen(self.chosen), strict=True))

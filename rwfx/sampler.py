@@ -119,13 +119,8 @@ class RowSampler(KeepsTypes):
                 "the sampler state was saved with another row policy, or another density, schedule or start of it."
             )
         for name, tensor in own.items():
-            given = state.get(name)
-            if not isinstance(given, Tensor) or given.shape != tensor.shape or given.dtype != tensor.dtype:
-                met = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
-                raise ValueError(
-                    f"sampler state {name!r} is {met}, this model needs {tensor.dtype} {tuple(tensor.shape)}: "
-                    "it was saved from a model with other weights, other weights kept dense or another row policy."
-                )
+            but = "from a model with other weights, other weights kept dense or another row policy"
+            check_entry(name, state.get(name), tensor, but)
         if not self._could_draw(state["last"]):
             raise ValueError("sampler state 'last' holds rows that this model does not have: it is another model's.")
         for name in own.keys() - {"policy"}:
@@ -190,3 +185,21 @@ class Buffers(KeepsTypes):
     def tensors(self) -> list[Tensor]:
         """The tensors, in order."""
         return list(self._buffers.values())  # type: ignore[arg-type]
+
+
+def read_chosen(chosen: Buffers) -> list[Tensor]:
+    """The row sets that ``rwfx::record_`` wrote, one for each weight."""
+    return [of[1 : 1 + int(of[0])].clone() for of in chosen.tensors()]
+
+
+def check_entry(name: str, given: object, own: Tensor, but: str) -> None:
+    """Refuse what is not a tensor such as ``own``.
+
+    Raises:
+        ValueError: says what was met, and ``but``: where it comes from.
+    """
+    if not isinstance(given, Tensor) or given.shape != own.shape or given.dtype != own.dtype:
+        met = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+        raise ValueError(
+            f"sampler state {name!r} is {met}, this model needs {own.dtype} {tuple(own.shape)}: it was saved {but}."
+        )

@@ -20,7 +20,7 @@ from rwfx.capture import Capture, capture, shared_copy, split_inputs
 from rwfx.choose import densities_of, lines_of, weigh, with_followers, with_sources
 from rwfx.draws import sampler_of, starts_at_loss
 from rwfx.example_sampler import ExampleSampler
-from rwfx.examples import ExamplePolicy, TopExamples, example_policy
+from rwfx.examples import ExamplePolicy, TopExamples, example_policy, expected_fraction
 from rwfx.passes.follow_examples import MARK, follow_examples, in_order
 from rwfx.passes.normalize import normalize
 from rwfx.passes.read_columns import read_columns
@@ -143,7 +143,7 @@ def transform(
     lines = with_sources(lines, sparse_gm, nodes)
     costs = _cost_model(break_even, device.type, mode)
     if costs is not None:
-        share = 1.0 if of_examples is None else ExampleSampler(of_examples, 0).expected_fraction
+        share = 1.0 if of_examples is None else expected_fraction(of_examples)
         lines = weigh(sparse_gm, sampler, lines, graph, shapes, costs, grad, dx, share)
         paying = [line.weight for line in lines if not line.dense_because]
         if paying != kept:

@@ -31,11 +31,6 @@ using torch::autograd::variable_list;
 
 constexpr uint64_t ORDER = 1 << 20;  // a stream that no walk uses
 
-template <class Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 // A sum of squares of half precision overflows in it.
 optional<at::ScalarType> wide(const Tensor& g) {
   const bool narrow = g.scalar_type() == at::kHalf || g.scalar_type() == at::kBFloat16;

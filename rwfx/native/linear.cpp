@@ -514,11 +514,6 @@ void check_examples(const Tensor& x, const Tensor& examples, const c10::SymInt& 
       " places of x (its leading dimensions) cannot be dealt to ", num_examples, " examples.");
 }
 
-template <class Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 // The row set of a backward pass, once what is asked for of the output's gradient is written down; and that gradient, of
 // the examples that take part, where it had to be looked at.
 std::pair<Tensor, optional<Tensor>> begin(AutogradContext* ctx, const Tensor& g, const Tensor& given_rows) {

@@ -8,6 +8,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -21,6 +22,12 @@ constexpr int64_t GRAIN = 1 << 15;
 
 inline int64_t grain(int64_t numbers_each) {
   return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, numbers_each));
+}
+
+// An operator by its name, where a compiler that traces the call is to see it.
+template <class Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 }  // namespace rwfx

@@ -17,15 +17,14 @@ import os
 
 from tqdm.auto import tqdm
 
-from rwfx.experiments.extras import require
 from rwfx.experiments.frontier.book import Book
 from rwfx.experiments.frontier.entries import Result, Trial
 from rwfx.experiments.frontier.plan import Plan, check_plan
 from rwfx.experiments.frontier.race import Race
 from rwfx.experiments.frontier.report import legend
 from rwfx.experiments.frontier.tasks import task_of
-from rwfx.experiments.machine import as_markdown, check_device, conditions
-from rwfx.experiments.policies.run import check_folder
+from rwfx.experiments.machine import as_markdown, conditions
+from rwfx.experiments.policies.run import check_surroundings
 from rwfx.files import replacing
 
 
@@ -69,10 +68,7 @@ def run(plan: Plan, *, progress: bool = True) -> list[Result]:
 def check(plan: Plan) -> None:
     """Refuse, before any work, what would fail after some."""
     check_plan(plan)
-    check_device(plan.device)
-    for package in ("matplotlib", "scipy"):
-        require(package)
-    check_folder(plan.out)
+    check_surroundings(plan.device, plan.out)
 
 
 def _write(plan: Plan, text: str) -> None:

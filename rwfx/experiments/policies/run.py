@@ -70,10 +70,15 @@ def run(plan: Plan, *, progress: bool = True) -> list[Result]:
 def check(plan: Plan) -> None:
     """Refuse, before any work, what would fail after some."""
     check_plan(plan)
-    check_device(plan.device)
+    check_surroundings(plan.device, plan.out)
+
+
+def check_surroundings(device: str, out: Path) -> None:
+    """Refuse a device that is not there, a package that is missing for figures, or a folder that cannot be written."""
+    check_device(device)
     for package in ("matplotlib", "scipy"):
         require(package)
-    check_folder(plan.out)
+    check_folder(out)
 
 
 def check_folder(out: Path) -> None:
