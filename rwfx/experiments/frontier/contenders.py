@@ -4,7 +4,8 @@
 *rows*       the rows of a weight with the largest gradient, ``TopK``.
 *examples*   the examples with the largest gradient at the output; *adaptive*, as many as keep a share of the squared
              gradient; *uniform*, drawn whatever their gradients, the control of the choice.
-*both*       these rows of these examples.
+*both*       these rows of these examples; *mixed*, of examples drawn half by their gradients and half uniformly, for
+             wrong labels have large gradients too.
 *two-pass*   dense on the examples with the largest gradient, found by a forward pass before (see ``two_pass``).
 
 With rows the optimizer is ``rwfx.optim.Adam``, which touches the rows kept and nothing else; without, dense's.
@@ -44,6 +45,7 @@ CONTENDERS = {
     "uniform-0.3": Contender(examples=SampledExamples(0.3, floor=1.0)),
     "both-0.5": Contender(rows=TopK(0.25), examples=TopExamples(0.5)),
     "both-0.3": Contender(rows=TopK(0.25), examples=TopExamples(0.3)),
+    "both-mixed-0.5": Contender(rows=TopK(0.25), examples=SampledExamples(0.5, floor=0.5)),
     "two-pass-0.3": Contender(two_pass=0.3),
     "two-pass-0.5": Contender(two_pass=0.5),
 }

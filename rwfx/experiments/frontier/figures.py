@@ -22,6 +22,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "uniform-0.3": {"color": "#E69F00", "marker": "X"},
     "both-0.5": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "both-0.3": {"color": "#D55E00", "marker": "o"},
+    "both-mixed-0.5": {"color": "#D55E00", "marker": "P", "linestyle": ":"},
     "two-pass-0.3": {"color": "#CC79A7", "marker": "o"},
     "two-pass-0.5": {"color": "#CC79A7", "marker": "s", "linestyle": "--"},
 }

@@ -23,7 +23,7 @@ REFERENCE_BATCH = 128
 SPARSE_NAMES = (
     *("rows-0.25", "rows-0.1"),
     *("examples-0.3", "examples-0.5", "adaptive-0.9", "uniform-0.3"),
-    *("both-0.5", "both-0.3"),
+    *("both-0.5", "both-0.3", "both-mixed-0.5"),
     *("two-pass-0.3", "two-pass-0.5"),
 )
 """The contenders beside dense (see ``contenders.CONTENDERS``)."""
