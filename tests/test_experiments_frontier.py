@@ -165,7 +165,7 @@ def test_a_run_counts_the_examples_and_rows_that_its_steps_kept(kind, tmp_path):
         assert 0.1 < one.examples_share <= 1
         assert one.flops == 3 * forward + one.examples * (first + 2 * second + 2 * third)
         return
-    share = {"rows-0.1": (3, 2), "rows-0.25": (6, 4), "both-0.3": (6, 4), "both-0.5": (6, 4)}.get(kind, (24, 16))
+    share = {"rows-0.1": (3, 2), "rows-0.25": (6, 4)}.get(kind, (6, 4) if kind.startswith("both") else (24, 16))
     backward = kept * (first * share[0] // 24 + 2 * second * share[1] // 16 + 2 * third)
     second_forward = kept * (first + second + third) if kind.startswith("two") else 0
     assert one.examples == 3 * kept
@@ -584,7 +584,7 @@ def test_contenders_that_a_network_cannot_have_are_left_out_and_named(tmp_path):
     split = split_off(DataSet("", inputs, target, inputs, target), "cpu")
     task = Task("convolutions", split, lambda seed: cnn((3, 4), 8, 10, seed), ACCURACY, "")
     refused = refusals(plan(tmp_path, contenders=SPARSE_NAMES), task)
-    assert set(refused) == {"rows-0.25", "rows-0.1", "both-0.5", "both-0.3"}
+    assert set(refused) == {"rows-0.25", "rows-0.1", "both-0.5", "both-0.3", "both-mixed-0.5"}
     assert "0.weight" in refused["rows-0.1"]
     with pytest.raises(ValueError, match="convolutions: no weight is left to make sparse"):
         refusals(plan(tmp_path, contenders=("rows-0.25", "two-pass-0.3")), task)
