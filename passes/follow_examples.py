@@ -6,7 +6,7 @@ operation across examples, it computes with all of them.
 
 import copy
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,7 @@ from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
 MARK = "follows_examples"  # of a call, in its ``meta``
 BATCH = "holds_the_batch"  # of the input whose first dimension counts the examples
 ENTRIES = "has_an_entry_for_each_example"  # of what is given out
+TOKENS = "counts_tokens"  # of what is given out, where its first two dimensions do and not its first
 
 # Within an example whatever their arguments. A batch norm is across examples; what goes through it is left out with
 # them.
@@ -37,12 +38,18 @@ WITHIN = POINTWISE | frozenset(
 ALONG = frozenset(["softmax", "log_softmax", "cat", "concat", "mean", "sum", "amax", "flatten"])
 
 
-def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[GraphModule, tuple[str, ...]]:
+def follow_examples(
+    gm: GraphModule, inputs: tuple[Any, ...] | None, unit: Literal["example", "token"] = "example"
+) -> tuple[GraphModule, tuple[str, ...]]:
     """Mark the linear calls on a parameter that follow the examples, in ``node.meta``; the graph is otherwise the same.
 
     ``inputs``, one for each placeholder, decide by a trial: the gradient of one example's output may arrive in that
     example's places alone. Without them, or where they are one example, only what is known to work within examples is
-    followed. Also returns a note for every call that is not marked.
+    followed. Also returns a note for every call that is not marked. With ``unit="token"`` the first two dimensions
+    count the examples, and nothing is followed without a trial.
+
+    Raises:
+        ValueError: no input is a tensor, or there are no inputs that could tell tokens apart.
     """
     marked = GraphModule(gm, copy.deepcopy(gm.graph))
     calls = [
@@ -57,25 +64,35 @@ def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[Gr
         raise ValueError("examples= needs an input that is a tensor whose first dimension counts the examples.")
     node, batch = batches[0]
     node.meta[BATCH] = True
-    tried = _is_batch(batch) and len(batch) > 1
-    following, with_entries = _tried(marked, calls, values, len(batch)) if tried else _known(marked, node)
+    counted = 2 if unit == "token" else 1
+    tried = _is_batch(batch) and batch.dim() >= counted and min(batch.shape[:counted]) > 1
+    if unit == "token" and not tried:
+        raise ValueError(
+            'examples= with unit="token" needs example_inputs that show which calls keep tokens apart: the first '
+            "input a tensor of two sequences of two tokens or more."
+        )
+    lead = batch.shape[:counted] if tried else None
+    following, with_entries = _known(marked, node) if lead is None else _tried(marked, calls, values, lead)
     notes = []
     (output,) = (node for node in marked.graph.nodes if node.op == "output")
     for node in output.all_input_nodes:
         node.meta[ENTRIES] = node.name in with_entries
+        node.meta[TOKENS] = with_entries.get(node.name) == 2
     for node in calls:
         if node.name in following:
             node.meta[MARK] = True
         else:
             weight = node if node.op == "call_module" else node.args[1]
             assert isinstance(weight, Node)
-            why = "its leading dimensions do not hold the examples one after the other"
+            why = f"its leading dimensions do not hold the {unit}s one after the other"
+            if unit == "token":
+                why += ", or tokens are mixed behind it"
             if not tried:
                 why = (
                     "only example_inputs with two examples or more can tell where its examples are, or whether they "
                     "are mixed on the way to the outputs"
                 )
-            notes.append(f"{weight.target} computes with all examples: {why}")
+            notes.append(f"{weight.target} computes with all {unit}s: {why}")
     return marked, tuple(notes)
 
 
@@ -83,9 +100,9 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _known(gm: GraphModule, batch: Node) -> tuple[set[str], set[str]]:
+def _known(gm: GraphModule, batch: Node) -> tuple[set[str], dict[str, int]]:
     """The nodes whose values are known to hold one example after the other, and from which every way to the outputs is
-    known to as well; and the nodes of which the former is known.
+    known to as well; and the nodes of which the former is known, each with 1.
 
     Of the inputs that is ``batch`` alone: another may be a table that all examples share.
     """
@@ -97,7 +114,7 @@ def _known(gm: GraphModule, batch: Node) -> tuple[set[str], set[str]]:
     for node in reversed(gm.graph.nodes):
         if not all(user.op == "output" or user.name in apart or _is_last(user) for user in node.users):
             apart.discard(node.name)
-    return apart, known
+    return apart, dict.fromkeys(known, 1)
 
 
 def _is_last(node: Node) -> bool:
@@ -184,14 +201,21 @@ def _adds_dimensions(gm: GraphModule, node: Node) -> bool:
     return isinstance(constant, Tensor) and constant.dim() > 2 and constant.shape[0] > 1
 
 
-def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...], num_examples: int) -> tuple[set[str], set[str]]:
+def _tried(
+    gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...], lead: torch.Size
+) -> tuple[set[str], dict[str, int]]:
     """The calls at which the gradient of one example's output arrives in that example's places alone; and what is given
-    out with an entry for each example."""
+    out with an entry for each example, with the number of its dimensions that count them.
+
+    ``lead``: the sizes of the dimensions of the inputs that count the examples.
+    """
+    num_examples = lead.numel()
     convolutions = {node.name for node in calls if node.op == "call_module"}
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     given_out = set(output.all_input_nodes)
     outputs: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
+    counted: dict[str, int] = {}
 
     class Calls(fx.Interpreter):
         def run_node(self, n: Node) -> Any:
@@ -200,8 +224,10 @@ def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...], num_exam
                 # Also where nothing before it is trained.
                 value = value.detach().clone().requires_grad_() if not value.requires_grad else value
                 outputs[n.name] = value
-            if n in given_out and _is_batch(value) and len(value) == num_examples:
-                leaves[n.name] = value
+            if n in given_out and isinstance(value, Tensor):
+                for shape in (lead, torch.Size([num_examples])):
+                    if value.shape[: len(shape)] == shape:
+                        leaves[n.name], counted[n.name] = value, len(shape)
             return value
 
     norms = {path: module for path, module in gm.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
@@ -217,7 +243,7 @@ def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...], num_exam
                     p.copy_(torch.where(zero, 0.1 * torch.randn_like(p), p))
             Calls(gm).run(*inputs)
             trained = [y for y in leaves.values() if y.requires_grad]
-            return _apart(trained, outputs, num_examples, convolutions), set(leaves)
+            return _apart(trained, outputs, num_examples, convolutions), counted
         finally:
             for path, module in norms.items():
                 module.training = training[path]
@@ -233,7 +259,8 @@ def _apart(
     following = {name for name, y in outputs.items() if _holds(y, num_examples, name in convolutions)}
     reached = set()
     for example in {0, 1, num_examples // 2, num_examples - 1} if leaves else ():
-        loss = sum((y[example] * torch.randn_like(y[example])).sum() for y in leaves)
+        of_example = [y.reshape(num_examples, -1)[example] for y in leaves]
+        loss = sum((y * torch.randn_like(y)).sum() for y in of_example)
         arrived = torch.autograd.grad([loss], list(outputs.values()), allow_unused=True, retain_graph=True)
         for name, g in zip(outputs, arrived, strict=True):
             if g is not None and name in following:

@@ -13,7 +13,7 @@ from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import AdaptiveExamples, SampledExamples
 from rwfx.label_rules import bare_name
 from rwfx.loss_walk import LossWalkSampler
-from rwfx.passes.follow_examples import BATCH, ENTRIES, MARK
+from rwfx.passes.follow_examples import BATCH, ENTRIES, MARK, TOKENS
 from rwfx.passes.normalize import convolution_of, weight_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import SAMPLER
@@ -43,6 +43,9 @@ def sparse_examples(gm: GraphModule, sampler: ExampleSampler, row_sampler: RowSa
         first = first.next
     with graph.inserting_before(first):
         num_examples = graph.call_method("size", (batch, 0))
+        if sampler.policy.unit == "token":
+            tokens = graph.call_method("size", (batch, 1))
+            num_examples = graph.call_function(operator.mul, (num_examples, tokens))
         made = graph.call_module(EXAMPLES, (num_examples,))
         kept = graph.create_node("call_function", operator.getitem, (made, 0), name="kept_examples")
         state = graph.create_node("call_function", operator.getitem, (made, 1), name="examples_state")
@@ -109,7 +112,7 @@ def _pick_by_walks(gm: GraphModule, sampler: LossWalkSampler, calls: Collection[
         rows = [sets[k] for k in range(len(sampler.kept))]
         whole = list(outputs[0].users) == [output]
         arguments = (
-            outputs[0],
+            _by_example(graph, outputs[0]),
             kept,
             rows,
             chosen,
@@ -122,7 +125,7 @@ def _pick_by_walks(gm: GraphModule, sampler: LossWalkSampler, calls: Collection[
             *rule,
             whole,
         )
-        picked = graph.call_function(PICK_BY_WALKS, arguments)
+        picked = _as_given(graph, outputs[0], graph.call_function(PICK_BY_WALKS, arguments))
     output.replace_input_with(outputs[0], picked)
 
 
@@ -155,10 +158,23 @@ def _pick(
         if isinstance(sampler.policy, AdaptiveExamples):
             options["needed"] = graph.get_attr(f"{EXAMPLES}.needed")
         options["whole"] = all(node in calls and list(node.users) == [output] for node in outputs)
-        picked = graph.call_function(PICK, (outputs, kept, num_examples), options)
-        items = [graph.call_function(operator.getitem, (picked, k)) for k in range(len(outputs))]
+        by_example = [_by_example(graph, node) for node in outputs]
+        picked = graph.call_function(PICK, (by_example, kept, num_examples), options)
+        items = [
+            _as_given(graph, node, graph.call_function(operator.getitem, (picked, k))) for k, node in enumerate(outputs)
+        ]
     for node, item in zip(outputs, items, strict=True):
         output.replace_input_with(node, item)
+
+
+def _by_example(graph: Graph, output: Node) -> Node:
+    """An output with one dimension that counts the examples, the first."""
+    return graph.call_method("flatten", (output, 0, 1)) if output.meta.get(TOKENS) else output
+
+
+def _as_given(graph: Graph, output: Node, picked: Node) -> Node:
+    """What was picked of ``_by_example``, in the shape of ``output``."""
+    return graph.call_method("view_as", (picked, output)) if output.meta.get(TOKENS) else picked
 
 
 def _is_number(node: Node) -> bool:

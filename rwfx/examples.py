@@ -12,7 +12,10 @@ and from there on an example that was dropped counts as if its ``g`` were zero: 
 whose first steps are behind it has almost no gradient for most examples, and these cost two thirds of what they cost.
 
 Where a fraction is asked for it is rounded up to whole examples, and no shape changes from step to step. An *example*
-is one of the first dimension of the model's inputs and outputs: a sequence, for a model of sequences.
+is one of the first dimension of the model's inputs and outputs: a sequence, for a model of sequences. With
+``unit="token"`` it is one of the first two: a place of a sequence. Where tokens are mixed, in attention, say, all take
+part, whatever ``g`` left zero; the calls between there and the outputs, such as a language model's head and its last
+MLP, compute with the kept tokens alone. Its outputs must then be ``(B, T, ...)`` or ``(B * T, ...)``.
 
 Under a batch norm the gradient of a kept example reaches dropped ones, through the statistics that they share. What it
 brings to the weighted calls below is left out with them: the gradient is that of ``g`` zeroed for the dropped examples
@@ -22,7 +25,7 @@ accumulated (every backward pass has examples of its own), and each rank of a di
 
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from rwfx.arguments import check_number
 from rwfx.policies import Worded, check_flag
@@ -37,6 +40,7 @@ class TopExamples(Worded):
 
     Args:
         fraction: above 0 and at most 1, or a whole number of examples.
+        unit: what is kept or dropped, ``"example"`` or ``"token"``.
 
     Source: A. Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers", arXiv 2019, which drops by
     the loss and in a second forward pass; A. Katharopoulos & F. Fleuret, "Not All Samples Are Created Equal", ICML
@@ -44,9 +48,11 @@ class TopExamples(Worded):
     """
 
     fraction: float | int = 0.3
+    unit: Literal["example", "token"] = "example"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fraction", check_fraction("fraction", self.fraction))
+        check_unit(self.unit)
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,6 +66,7 @@ class SampledExamples(Worded):
         uniform draw, the control. Wrong labels
             have large gradients: a floor keeps them from filling the batch.
         unbiased: divide a kept example's gradient by its ``p``, so that the expected gradient is that of all examples.
+        unit: what is kept or dropped, ``"example"`` or ``"token"``.
 
     Source: A. Katharopoulos & F. Fleuret, ICML 2018; the draw is that of ``rwfx.Magnitude``.
     """
@@ -67,9 +74,11 @@ class SampledExamples(Worded):
     fraction: float | int = 0.3
     floor: float = 0.0
     unbiased: bool = False
+    unit: Literal["example", "token"] = "example"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fraction", check_fraction("fraction", self.fraction))
+        check_unit(self.unit)
         check_number("floor", self.floor, Real, 0, 1)
         check_flag("unbiased", self.unbiased)
 
@@ -87,6 +96,7 @@ class AdaptiveExamples(Worded):
         share: above 0 and at most 1.
         at_least, at_most: the bounds, above 0 and at most 1.
         memory: from 0 to below 1: of the running mean.
+        unit: what is kept or dropped, ``"example"`` or ``"token"``.
 
     Source: Z. Wang, J. Chen & J. Zhu, "Efficient Backpropagation with Variance-Controlled Adaptive Sampling", ICLR
     2024, for a fraction that follows the gradient's norm.
@@ -96,8 +106,10 @@ class AdaptiveExamples(Worded):
     at_least: float = 0.1
     at_most: float = 1.0
     memory: float = 0.9
+    unit: Literal["example", "token"] = "example"
 
     def __post_init__(self) -> None:
+        check_unit(self.unit)
         for name in ("share", "at_least", "at_most"):
             check_number(name, getattr(self, name), Real, 0, 1, above=True)
         if self.at_least > self.at_most:
@@ -152,3 +164,13 @@ def check_fraction(name: str, value: Any) -> float | int:
         return int(value)
     check_number(name, value, Real, 0, 1, above=True)
     return float(value)
+
+
+def check_unit(unit: Any) -> None:
+    """Refuse what is no unit of examples.
+
+    Raises:
+        ValueError: says what was met.
+    """
+    if unit not in ("example", "token"):
+        raise ValueError(f"unit must be 'example' or 'token', got {unit!r}.")

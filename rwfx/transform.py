@@ -232,7 +232,7 @@ def _followed(
         return gm, ()
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = None if example_inputs is None else in_order(placeholders, *split_inputs(example_inputs))
-    marked, notes = follow_examples(gm, inputs)
+    marked, notes = follow_examples(gm, inputs, of_examples.unit)
     if not any(node.meta.get(MARK) for node in marked.graph.nodes):
         raise ValueError(
             f"examples= finds no linear call that it could confine to the kept examples ({'; '.join(notes)})."
