@@ -4,7 +4,7 @@ In: a model and a loader of batches ``(input, ..., target)``. Out: the model, tr
 ``History``.
 
 ``rw_sparse`` trains ``rwfx.transform(model, mode="sparse", grad="rows")`` and ``rw_masked`` the same with
-``mode="masked"``, both with ``rwfx.optim``; ``full`` trains the model as it is with ``torch.optim`` (fused).
+``mode="masked"``, both with ``rwfx.optim``; ``full`` trains the model as it is with ``torch.optim``; all fused.
 """
 
 import copy
@@ -116,13 +116,13 @@ class RandomWalkTrainer:
         self.model = model.to(device) if device is not None else model
         self.device = parameters[0].device
         self.mode = mode
-        self.network, namesakes, fused = self.model, torch.optim, {"fused": True}
+        self.network, namesakes = self.model, torch.optim
         if (how := MODES[mode]) is not None:
             options = {"grad": "rows", **transform_options}
             self.network = sparse_model = transform(self.model, num_paths, mode=how, seed=seed, **options)
-            namesakes, fused = rwfx.optim, {}
+            namesakes = rwfx.optim
         if isinstance(optimizer, str):
-            self.optimizer = getattr(namesakes, OPTIMIZERS[optimizer])(parameters, lr=lr, **fused)
+            self.optimizer = getattr(namesakes, OPTIMIZERS[optimizer])(parameters, lr=lr, fused=True)
         else:
             self.optimizer = optimizer(parameters)
         self.history = History()

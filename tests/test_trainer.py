@@ -300,3 +300,9 @@ def test_a_compiled_run_is_the_eager_run_up_to_rounding(mode):
     compiled.fit(make_loader(), make_loader())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(weights(compiled), weights(eager))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_optimizer_given_by_name_is_the_fused_one(mode):
+    """With ``examples=`` alone gradients are dense, and an update tensor by tensor would take longer than is saved."""
+    assert make_trainer(mode).optimizer.defaults["fused"]

@@ -8,14 +8,12 @@
              wrong labels have large gradients too.
 *two-pass*   dense on the examples with the largest gradient, found by a forward pass before (see ``two_pass``).
 
-With rows the optimizer is ``rwfx.optim.Adam``, which touches the rows kept and nothing else; without, dense's.
+With rows the optimizer is ``rwfx.optim.Adam``, which touches the rows kept and nothing else; without it is dense's.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rwfx import AdaptiveExamples, SampledExamples, TopExamples
@@ -71,6 +69,4 @@ def trainer_of(
         options["examples"] = contender.examples
     if contender.rows is not None:
         options["rows"] = contender.rows
-    else:
-        options |= {"grad": "dense", "optimizer": partial(torch.optim.Adam, lr=lr, fused=True)}
     return RandomWalkTrainer(network, "rw_sparse", **options)
