@@ -251,12 +251,3 @@ def _holds(y: Tensor, num_examples: int, is_convolution: bool) -> bool:
     if is_convolution:
         return len(y) == num_examples
     return y.dim() > 1 and y.shape[:-1].numel() % num_examples == 0
-
-
-def in_order(placeholders: list[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The value of each placeholder."""
-    found = []
-    for k, node in enumerate(placeholders):
-        default = node.args[0] if node.args else None
-        found.append(args[k] if k < len(args) else kwargs.get(str(node.target), default))
-    return tuple(found)
