@@ -7,13 +7,13 @@ becomes a condition on the shapes of later inputs. The graph calls ATen operator
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as symbolic_shapes
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes
 
 from rwfx.capture.host import Constants, attributes_of, lost_of, scratch_copy, set_mode, shared_copy
 from rwfx.capture.inputs import ExampleInputs
@@ -44,12 +44,12 @@ def capture(model: nn.Module, inputs: ExampleInputs | None) -> Graphs:
     host = shared_copy(model)
     constants = Constants(host)
     failures: dict[bool, Exception] = {}
-    graphs, notes = [], []
+    graphs, notes = {}, []
     for mode in (True, False):
         set_mode(scratch, mode)
         try:
             program, outputs, more = _export(scratch, signature)
-            graphs.append(rebuild(program, signature, outputs, host, constants))
+            graphs[mode] = rebuild(program, signature, outputs, host, constants)
         except CaptureError:
             raise
         except Exception as error:
@@ -58,7 +58,7 @@ def capture(model: nn.Module, inputs: ExampleInputs | None) -> Graphs:
             notes += [note for note in more if note not in notes]
     if failures:
         raise CaptureError(_explain(failures, scratch)) from next(iter(failures.values()))
-    return Graphs(host, *graphs, (*notes, *lost_of(model, scratch, before, keeps_leaves=False)))
+    return Graphs(host, graphs[True], graphs[False], (*notes, *lost_of(model, scratch, before, keeps_leaves=False)))
 
 
 class _OnLeaves(nn.Module):
@@ -97,7 +97,7 @@ def _export(scratch: nn.Module, signature: Signature) -> tuple[ExportedProgram, 
             "switch off what draws them (layerdrop=0 in a configuration)."
         )
         try:
-            with undrawn(drawn), torch.enable_grad(), symbolic_shapes.patch(freedom or {}), _quiet():
+            with undrawn(drawn), torch.enable_grad(), _shapes_as(freedom or {}), _quiet():
                 program = torch.export.export(root, signature.tensors, dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise
@@ -110,6 +110,10 @@ def _export(scratch: nn.Module, signature: Signature) -> tuple[ExportedProgram, 
         return program, root.seen.output, notes
     assert first is not None
     raise first
+
+
+def _shapes_as(options: dict[str, bool]) -> AbstractContextManager[None]:
+    return symbolic_shapes.patch(options)  # type: ignore[attr-defined]  a module that torch makes callable
 
 
 @contextmanager

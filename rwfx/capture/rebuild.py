@@ -7,7 +7,6 @@ from the host by their names, takes the arguments of ``forward`` by theirs, and 
 import inspect
 import operator
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -141,7 +140,10 @@ class _Body:
 
     def copy(self, graph: fx.Graph, owner: nn.Module, values: dict[fx.Node, Any]) -> Sequence[Any]:
         """Append what ``graph`` computes; ``values`` has those of its placeholders. Gives the values of its outputs."""
-        calls = Counter(_module_of(node) for node in graph.nodes if node.op == "call_function")
+        kinds: dict[str, set[Any]] = {}
+        for node in graph.nodes:
+            if node.op == "call_function":
+                kinds.setdefault(_module_of(node), set()).add(node.target)
         for node in graph.nodes:
             args, kwargs = (map_arg(a, lambda n: values[n]) for a in (node.args, node.kwargs))
             if node.op == "get_attr":
@@ -149,10 +151,10 @@ class _Body:
             elif node.op == "output":
                 return args[0]
             elif node.op == "call_function" and node.target not in SKIPPED:
-                values[node] = self._call(node, args, kwargs, is_only_call=calls[_module_of(node)] == 1)
+                values[node] = self._call(node, args, kwargs, is_all_it_does=len(kinds[_module_of(node)]) == 1)
         raise AssertionError("a graph without outputs")
 
-    def _call(self, node: fx.Node, args: Any, kwargs: Any, is_only_call: bool) -> Any:
+    def _call(self, node: fx.Node, args: Any, kwargs: Any, is_all_it_does: bool) -> Any:
         if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
             return args[0][args[1]]
         if node.target is GRADIENT_SWITCH:
@@ -161,9 +163,9 @@ class _Body:
             return self._under_autocast(*args)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"the forward pass uses {node.target}, which a plain graph does not hold.")
-        module = _module_of(node).replace(".", "_").replace("@", "_")
-        operation = getattr(node.target, "_opname", node.target.__name__)
-        name = module if module and is_only_call else f"{module}_{operation}".strip("_")
+        module = _module_of(node).replace(".", "_")
+        operation = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+        name = module if module and is_all_it_does else f"{module}_{operation}".strip("_")
         made = self.graph.create_node("call_function", node.target, args, kwargs, name=name)
         made.meta = _meta_of(node)
         return made
@@ -204,7 +206,7 @@ class _Body:
 
 
 def _module_of(node: fx.Node) -> str:
-    """The path of the module that computes a node, as the model names it; a second call has ``@1``."""
+    """The path of the module that computes a node, as the model names it."""
     stack = node.meta.get("nn_module_stack") or {}
     key = next(reversed(stack), "")
     path = stack[key][0] if stack else ""

@@ -104,7 +104,7 @@ def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return _close(a, b, rtol=0, atol=0)
 
 
-def _close(a: list[Tensor], b: list[Tensor], **tolerance: float) -> bool:
+def _close(a: list[Tensor], b: list[Tensor], **tolerance: Any) -> bool:
     try:
         torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
     except AssertionError:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.proxy import GraphAppendingTracer
-from torch.utils._sympy.value_ranges import bound_sympy
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 
 def check_sizes(graph: fx.Graph, program: ExportedProgram, inputs: Sequence[fx.Node], names: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ def _conditions(program: ExportedProgram, num_inputs: int) -> list[str]:
     for k, node in enumerate(given):
         for d, size in enumerate(node.meta["val"].shape):
             source = f"L['tensors'][{k}].size()[{d}]"
-            limits = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            limits = _limits(program).get(size.node.expr) if isinstance(size, torch.SymInt) else None
             if isinstance(size, int):
                 found.append(f"{source} == {size}")
             elif limits is not None:
@@ -69,6 +69,10 @@ def _is_implied(part: ast.expr, given: Sequence[fx.Node], program: ExportedProgr
 def _value_of(tree: ast.expr, scope: Mapping[str, Any]) -> Any:
     expression = ast.fix_missing_locations(ast.Expression(_AsArithmetic().visit(tree)))
     return eval(compile(expression, "<condition>", "eval"), {"torch": torch, "_not": operator.not_, **scope})
+
+
+def _limits(program: ExportedProgram) -> Mapping[Any, ValueRanges[Any]]:
+    return program.range_constraints
 
 
 class _Symbols:

@@ -21,9 +21,9 @@ class Access(NamedTuple):
 
 def parts_of(value: Any) -> list[tuple[Access, Any]] | None:
     """The parts of a container, in order; None for a leaf."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if _is_dataclass(value):
         return [(Access(f.name, True), getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if _is_named_tuple(value):
         return [(Access(name, True), getattr(value, name)) for name in value._fields]
     if type(value) in (tuple, list):
         return [(Access(k, False), part) for k, part in enumerate(value)]
@@ -56,10 +56,18 @@ def _rebuilt(value: Any, leaves: Iterator[Any], call: Callable[..., Any]) -> Any
         return next(leaves)
     made = [_rebuilt(part, leaves, call) for _, part in parts]
     keys = [access.key for access, _ in parts]
-    if dataclasses.is_dataclass(value):
+    if _is_dataclass(value):
         return call(type(value), **dict(zip(keys, made, strict=True)))
-    if hasattr(value, "_fields"):
+    if _is_named_tuple(value):
         return call(type(value), *made)
     if type(value) is OrderedDict:
         return call(OrderedDict, list(zip(keys, made, strict=True)))
     return dict(zip(keys, made, strict=True)) if type(value) is dict else type(value)(made)
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")

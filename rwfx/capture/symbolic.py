@@ -6,7 +6,7 @@ and cannot hold a branch of Python that depends on a tensor's values or shape.
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partialmethod
 from typing import Any
 
@@ -31,13 +31,13 @@ def capture(model: nn.Module, inputs: ExampleInputs | None) -> Graphs:
     scratch = scratch_copy(model)
     before = attributes_of(scratch)
     given = {} if inputs is None else inputs.arguments_of(model)
-    graphs = []
+    graphs = {}
     for mode in (True, False):
         set_mode(scratch, mode)
-        graphs.append(_trace(scratch, type(model).__name__, given))
+        graphs[mode] = _trace(scratch, type(model).__name__, given)
     host = shared_copy(model)
-    _keep_constants(scratch, host, graphs)
-    return Graphs(host, *graphs, lost_of(model, scratch, before, keeps_leaves=True))
+    _keep_constants(scratch, host, graphs.values())
+    return Graphs(host, graphs[True], graphs[False], lost_of(model, scratch, before, keeps_leaves=True))
 
 
 def _trace(root: nn.Module, model_name: str, given: dict[str, Any]) -> fx.Graph:
@@ -142,7 +142,7 @@ def _explain(error: Exception, root: nn.Module, model_name: str, path: str | Non
     )
 
 
-def _keep_constants(scratch: nn.Module, host: nn.Module, graphs: list[fx.Graph]) -> None:
+def _keep_constants(scratch: nn.Module, host: nn.Module, graphs: Iterable[fx.Graph]) -> None:
     constants = Constants(host)
     for graph in graphs:
         for node in graph.nodes:
