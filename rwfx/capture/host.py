@@ -7,10 +7,14 @@ originals, so that moving, loading or replacing a tensor in one is seen in the o
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from rwfx.capture.route import PLAIN
+from rwfx.capture.structure import leaves_of
 
 CONSTANTS = "_traced_constants"  # the part of a host that holds the tensors that a graph needs and the model has not
 
@@ -124,10 +128,15 @@ def _lost_hooks(model: nn.Module, keeps_leaves: bool) -> list[str]:
 
 
 def _unchanged(before: Any, after: Any) -> bool:
+    if before is after:
+        return True
     # torch.export takes the attributes of every module apart and puts equal ones in their places.
-    return before is after or (
-        type(before) is type(after) and isinstance(before, tuple) and repr(before) == repr(after)
-    )
+    pairs = list(zip_longest(leaves_of(before), leaves_of(after)))
+    return type(before) is type(after) and all(x and y and x[0] == y[0] and _is_same(x[1], y[1]) for x, y in pairs)
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    return before is after or (isinstance(before, PLAIN) and type(before) is type(after) and before == after)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Replay:
         notes = []
         for mode, graph in ((True, graphs.train), (False, graphs.eval)):
             host = scratch_copy(graphs.host)
+            set_mode(host, mode)
             given = self._run(GraphModule(host, graph), host)
             if _equal(given, self.expected[mode]):
                 continue

@@ -5,6 +5,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -32,7 +33,7 @@ def place_of(error: BaseException, root: nn.Module, path: str | None = None) -> 
 
     ``path``: the module, where the caller knows it.
     """
-    foreign = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    foreign = (*(str(Path(of).parent) for of in (torch.__file__, np.__file__, __file__)), "<")
     paths = {id(module): path for path, module in root.named_modules()}
     frames = [(frame, number) for frame, number in traceback.walk_tb(error.__traceback__)]
     for frame, _ in frames:
