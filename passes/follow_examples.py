@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from rwfx.capture import untouched
 from rwfx.label_rules import bare_name, operation_of
-from rwfx.passes.normalize import convolution_of, weight_of
+from rwfx.passes.conv_spellings import CONVOLUTIONS, TRANSPOSED
+from rwfx.passes.normalize import weight_of
 from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
 
 MARK = "follows_examples"  # of a call, in its ``meta``
@@ -53,9 +54,7 @@ def follow_examples(
     """
     marked = GraphModule(gm, copy.deepcopy(gm.graph))
     calls = [
-        node
-        for node in marked.graph.nodes
-        if weight_of(marked, node) is not None or convolution_of(marked, node) is not None
+        node for node in marked.graph.nodes if weight_of(marked, node) is not None and node.target not in TRANSPOSED
     ]
     placeholders = [node for node in marked.graph.nodes if node.op == "placeholder"]
     values: tuple[Any, ...] = inputs or (None,) * len(placeholders)
@@ -82,7 +81,7 @@ def follow_examples(
         if node.name in following:
             node.meta[MARK] = True
         else:
-            weight = node if node.op == "call_module" else node.args[1]
+            weight = node.args[1]
             assert isinstance(weight, Node)
             why = f"its leading dimensions do not hold the {unit}s one after the other"
             if unit == "token":
@@ -153,6 +152,9 @@ def _is_within(gm: GraphModule, node: Node, known: Collection[str]) -> bool:
         dims = dim if isinstance(dim, list | tuple) else [dim]
         # The last one may be the first.
         return all(isinstance(d, int) and (d > 0 or (d == -1 and _has_features(gm, from_examples[0]))) for d in dims)
+    if name == "pad":  # the padding of a convolution ends before the examples
+        pad = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
+        return all(2 * CONVOLUTIONS.get(user.target, 0) >= len(pad) for user in node.users)
     if name in POINTWISE:
         return not any(_adds_dimensions(gm, n) for n in node.all_input_nodes)
     # What is no pointwise operation multiplies with its other arguments: a product of two batches is across examples.
@@ -162,7 +164,7 @@ def _is_within(gm: GraphModule, node: Node, known: Collection[str]) -> bool:
 def _has_features(gm: GraphModule, node: Node) -> bool:
     """Whether its values are known to have a dimension besides that of the examples."""
     while node.op != "placeholder":
-        if weight_of(gm, node) is not None or convolution_of(gm, node) is not None:
+        if weight_of(gm, node) is not None:
             return True
         name = bare_name(node.target) if node.op != "call_module" else operation_of(gm.get_submodule(str(node.target)))
         sliced = name == "getitem" and _keeps_examples(*node.args) and not _is_one(node.args[1])
@@ -210,7 +212,7 @@ def _tried(
     ``lead``: the sizes of the dimensions of the inputs that count the examples.
     """
     num_examples = lead.numel()
-    convolutions = {node.name for node in calls if node.op == "call_module"}
+    convolutions = {node.name for node in calls if node.target in CONVOLUTIONS}
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     given_out = set(output.all_input_nodes)
     outputs: dict[str, Tensor] = {}
@@ -278,12 +280,3 @@ def _holds(y: Tensor, num_examples: int, is_convolution: bool) -> bool:
     if is_convolution:
         return len(y) == num_examples
     return y.dim() > 1 and y.shape[:-1].numel() % num_examples == 0
-
-
-def in_order(placeholders: list[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The value of each placeholder."""
-    found = []
-    for k, node in enumerate(placeholders):
-        default = node.args[0] if node.args else None
-        found.append(args[k] if k < len(args) else kwargs.get(str(node.target), default))
-    return tuple(found)

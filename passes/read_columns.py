@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from rwfx.label_rules import bare_name
 from rwfx.ops.linear import ACTIVATIONS
-from rwfx.passes.normalize import has_hooks
+from rwfx.passes.parameters import has_hooks
 
 ROW_LINEAR = torch.ops.rwfx.row_linear.default
 PLACES = {argument.name: place for place, argument in enumerate(ROW_LINEAR._schema.arguments)}

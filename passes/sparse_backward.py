@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
-from rwfx.passes.normalize import parameter_of, weight_of
+from rwfx.passes.normalize import weight_of
+from rwfx.passes.parameters import parameter_of
 from rwfx.passes.sample_rows import RowNodes
 
 # Which operator computes the backward of a call on rows alone, and which masks a dense one. The two tables are

@@ -13,14 +13,16 @@ from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import AdaptiveExamples, SampledExamples
 from rwfx.label_rules import bare_name
 from rwfx.loss_walk import LossWalkSampler
+from rwfx.passes.conv_spellings import CONVOLUTIONS
 from rwfx.passes.follow_examples import BATCH, ENTRIES, MARK, TOKENS
-from rwfx.passes.normalize import convolution_of, weight_of
+from rwfx.passes.normalize import weight_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import SAMPLER
 from rwfx.sampler import RowSampler
 
 EXAMPLES = "example_sampler"  # the name of the submodule
 CONV = ops.rwfx.example_conv.default
+OPTIONS = "stride", "padding", "dilation", "groups"
 PICK = ops.rwfx.pick_examples.default
 PICK_BY_WALKS = ops.rwfx.pick_by_walks.default
 
@@ -57,6 +59,13 @@ def sparse_examples(gm: GraphModule, sampler: ExampleSampler, row_sampler: RowSa
         if node.target is ROW_LINEAR:
             node.kwargs = {**node.kwargs, **told}
             calls.add(node)
+        elif node.target in CONVOLUTIONS:
+            with graph.inserting_before(node):
+                operands, options = node.args[:3], dict(zip(OPTIONS, node.args[3:], strict=True))
+                call = graph.call_function(CONV, operands, told | options)
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
         elif (weight := weight_of(confined, node)) is not None:
             sampler.add_rows(len(weight))
             with graph.inserting_before(node):
@@ -67,18 +76,6 @@ def sparse_examples(gm: GraphModule, sampler: ExampleSampler, row_sampler: RowSa
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             calls.add(call)
-        elif (module := convolution_of(confined, node)) is not None:
-            with graph.inserting_before(node):
-                parameters = [
-                    None if module._parameters[name] is None else graph.get_attr(f"{node.target}.{name}")
-                    for name in ("weight", "bias")
-                ]
-                options = {name: list(getattr(module, name)) for name in ("stride", "padding", "dilation")}
-                arguments = told | options | {"groups": module.groups}
-                call = graph.call_function(CONV, (node.args[0], *parameters), arguments)
-            call.meta = dict(node.meta)
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
     if isinstance(row_sampler, LossWalkSampler) and row_sampler.kept:
         _pick_by_walks(confined, row_sampler, calls, kept)
     else:

@@ -1,14 +1,10 @@
 """The last pass: what the others promised is looked at before a model is handed out."""
 
 from collections.abc import Mapping
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_flatten
 
-from rwfx.capture import untouched
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.sparse_backward import MASKED, SPARSE
 
@@ -31,16 +27,3 @@ def verify(gm: GraphModule, model: nn.Module, rows: Mapping[str, RowNodes]) -> G
     for name, parameter in gm.named_parameters(remove_duplicate=False):
         assert original.get(name) is parameter, f"parameter {name!r} is not the model's own"
     return gm
-
-
-def same_outputs(model: nn.Module, transformed: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether both give the same outputs, bit for bit, from the same random stream, in their present mode.
-
-    Buffers and the global random stream are left as they were.
-    """
-    outputs = []
-    for module in (model, transformed):
-        with untouched(module):
-            outputs.append(module(*args, **kwargs))
-    first, second = ([x for x in tree_flatten(output)[0] if isinstance(x, Tensor)] for output in outputs)
-    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

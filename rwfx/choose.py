@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 from rwfx.break_even import Candidate, CostModel
 from rwfx.capture import Capture
 from rwfx.passes.follow_examples import MARK
-from rwfx.passes.normalize import convolution_of, parameter_of, weight_of
+from rwfx.passes.normalize import weight_of
+from rwfx.passes.parameters import parameter_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.policies import Densities, Policy, TopK
@@ -123,10 +124,7 @@ def with_followers(lines: Sequence[Line], gm: GraphModule) -> tuple[Line, ...]:
     names = {id(p): name for name, p in reversed(list(gm.named_parameters(remove_duplicate=False)))}
     calls: dict[str, list[bool]] = {}
     for node in gm.graph.nodes:
-        weight = weight_of(gm, node)
-        if weight is None and (module := convolution_of(gm, node)) is not None:
-            weight = module._parameters["weight"]
-        if weight is not None:
+        if (weight := weight_of(gm, node)) is not None:
             calls.setdefault(names[id(weight)], []).append(bool(node.meta.get(MARK)))
     return tuple(replace(line, leaves_examples=all(calls.get(line.weight, [False]))) for line in lines)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
@@ -209,7 +210,7 @@ class _LabelRun(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         weight = weight_of(self.gm, self.node)
-        if weight is not None:
+        if weight is not None and target is F.linear:
             return self.weighted(args[0], weight)
         return self.apply(getattr(target, "__name__", str(target)), target, args, kwargs)
 

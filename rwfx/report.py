@@ -67,6 +67,7 @@ class Report:
     notes: tuple[str, ...] = ()
     example_policy: ExamplePolicy | None = None
     examples: tuple[int, int] | None = None  # how many the last training forward kept, and of how many
+    route: str = "symbolic_trace"  # by which the model was captured
 
     @property
     def predicted(self) -> tuple[float, float] | None:
@@ -153,6 +154,8 @@ class Report:
             text.append(f"examples: {self.example_policy}{last}")
         where = "in the backward pass" if isinstance(self.policy, TopK) else "before the forward pass"
         text.append(f"rows: {self.policy}, chosen {where}")
+        if self.route != "symbolic_trace":
+            text.append(f"captured by {self.route}")
         if self.predicted:
             than = "dense" if self.example_policy is None else "with all rows of the kept examples"
             times, limit = self.predicted

@@ -16,18 +16,18 @@ from torch.fx import GraphModule
 from rwfx import native
 from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
-from rwfx.capture import Capture, capture, shared_copy, split_inputs
+from rwfx.capture import Capture, ExampleInputs, capture, same_outputs, shared_copy
 from rwfx.choose import densities_of, lines_of, weigh, with_followers, with_sources
 from rwfx.draws import sampler_of, starts_at_loss
 from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import ExamplePolicy, TopExamples, example_policy, expected_fraction
-from rwfx.passes.follow_examples import MARK, follow_examples, in_order
+from rwfx.passes.follow_examples import MARK, follow_examples
 from rwfx.passes.normalize import normalize
 from rwfx.passes.read_columns import read_columns
 from rwfx.passes.sample_rows import SAMPLER, RowNodes, sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.sparse_examples import EXAMPLES, sparse_examples
-from rwfx.passes.verify import same_outputs, verify
+from rwfx.passes.verify import verify
 from rwfx.policies import Densities, Policy, RandomWalk, TopK, Uniform
 from rwfx.sampler import RowSampler
 from rwfx.sparse_module import SparseModule, check_names
@@ -115,12 +115,12 @@ def transform(
     captured = capture(model, example_inputs)
     check_names(captured.host)
     gm = normalize(GraphModule(captured.host, captured.train))
-    shapes = shapes_of(gm, captured, example_inputs)
+    shapes = shapes_of(gm, captured)
     graph = graph_of(gm, captured, shapes)
     densities = densities_of(policy.density, graph)
     lines = lines_of(gm, graph, captured, patterns, grad, policy, densities, of_examples is not None)
     kept = [line.weight for line in lines if not line.dense_because]
-    gm, example_notes = _followed(gm, captured, of_examples, example_inputs)
+    gm, example_notes = _followed(gm, captured, of_examples)
     lines = with_followers(lines, gm)
     if not kept and of_examples is None:
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
@@ -165,6 +165,7 @@ def transform(
         "grad": grad,
         "seed": seed,
         "resample_every": resample_every,
+        "route": captured.route,
     }
     sparse_model = SparseModule.over(
         captured.host,
@@ -177,7 +178,7 @@ def transform(
     sparse_model._modules[SAMPLER] = sampler
     if of_examples is not None:
         sparse_model._modules[EXAMPLES] = sparse_gm.get_submodule(EXAMPLES)
-    _check_replay(model, sparse_model, example_inputs)
+    _check_replay(model, sparse_model, captured.inputs)
     return sparse_model
 
 
@@ -197,16 +198,15 @@ def _common_seed() -> int:
     return seeds[0]
 
 
-def _check_replay(model: nn.Module, sparse_model: SparseModule, example_inputs: Any) -> None:
-    if example_inputs is None:
+def _check_replay(model: nn.Module, sparse_model: SparseModule, inputs: ExampleInputs | None) -> None:
+    if inputs is None or any(p.is_meta for p in model.parameters()):
         return
-    args, kwargs = split_inputs(example_inputs)
     theirs, mode = shared_copy(model), sparse_model.training
     flags = {path: module.training for path, module in sparse_model.named_modules()}
-    same = same_outputs(theirs, sparse_model, args, kwargs)
+    same = same_outputs(theirs, sparse_model, inputs)
     for module in (theirs, sparse_model):
         module.train(not mode)
-    same = same_outputs(theirs, sparse_model, args, kwargs) and same
+    same = same_outputs(theirs, sparse_model, inputs) and same
     for path, module in sparse_model.named_modules():
         module.training = flags[path]
     if not same:
@@ -225,13 +225,13 @@ def _patterns(dense: Any) -> tuple[str, ...]:
 
 
 def _followed(
-    gm: GraphModule, captured: Capture, of_examples: ExamplePolicy | None, example_inputs: Any
+    gm: GraphModule, captured: Capture, of_examples: ExamplePolicy | None
 ) -> tuple[GraphModule, tuple[str, ...]]:
     """``gm`` with the calls marked that follow the examples, and a note for each other."""
     if of_examples is None:
         return gm, ()
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    inputs = None if example_inputs is None else in_order(placeholders, *split_inputs(example_inputs))
+    inputs = None if captured.inputs is None else captured.inputs.in_order(placeholders)
     marked, notes = follow_examples(gm, inputs, of_examples.unit)
     if not any(node.meta.get(MARK) for node in marked.graph.nodes):
         raise ValueError(

@@ -4,7 +4,7 @@ In: a model. Out: a ``WeightGraph``: its weights in execution order, the feature
 junctions where rows are added, and the heads, where walks start. It holds names and integers, no parameters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from rwfx.capture import Capture, capture, split_inputs, untouched
+from rwfx.capture import Capture, capture, untouched
+from rwfx.capture.structure import leaves_of, rebuilt
 from rwfx.labels import Junction, WeightUse, follow_rows, leaves
 from rwfx.passes.normalize import normalize
 
@@ -133,7 +134,7 @@ def weight_graph(model: nn.Module, example_inputs: Any = None) -> WeightGraph:
     """
     captured = capture(model, example_inputs)
     gm = normalize(GraphModule(captured.host, captured.train))
-    return graph_of(gm, captured, shapes_of(gm, captured, example_inputs))
+    return graph_of(gm, captured, shapes_of(gm, captured))
 
 
 def graph_of(gm: GraphModule, captured: Capture, shapes: Mapping[str, torch.Size] | None = None) -> WeightGraph:
@@ -159,11 +160,10 @@ def graph_of(gm: GraphModule, captured: Capture, shapes: Mapping[str, torch.Size
     return WeightGraph(trail.stations, heads, {w: tuple(aliases[w]) for w in weights}, trail.notes)
 
 
-def shapes_of(gm: GraphModule, captured: Capture, example_inputs: Any) -> dict[str, torch.Size] | None:
+def shapes_of(gm: GraphModule, captured: Capture) -> dict[str, torch.Size] | None:
     """The shape of every node's value on the example inputs, computed without data; None without any."""
-    if example_inputs is None:
+    if captured.inputs is None:
         return None
-    args, kwargs = split_inputs(example_inputs)
     shapes: dict[str, torch.Size] = {}
 
     class Shapes(fx.Interpreter):
@@ -175,20 +175,8 @@ def shapes_of(gm: GraphModule, captured: Capture, example_inputs: Any) -> dict[s
 
     placeholders = [node for node in captured.train.nodes if node.op == "placeholder"]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = [
-        mode.from_tensor(value) if isinstance(value, Tensor) else value
-        for value in _in_order(placeholders, args, kwargs)
-    ]
+    given = captured.inputs.in_order(placeholders)
+    fake = rebuilt(given, [mode.from_tensor(x) if isinstance(x, Tensor) else x for _, x in leaves_of(given)])
     with untouched(captured.host), mode:
         Shapes(gm).run(*fake)
     return shapes
-
-
-def _in_order(placeholders: list[fx.Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    for k, node in enumerate(placeholders):
-        if k < len(args):
-            yield args[k]
-        elif str(node.target) in kwargs:
-            yield kwargs[str(node.target)]
-        else:
-            yield node.args[0]

@@ -107,6 +107,14 @@ def test_a_network_of_convolutions_leaves_out_examples_everywhere(compiled, told
 def test_a_convolution_that_is_more_than_its_class_computes_with_all_examples():
     model = network()
     model[0].register_forward_hook(lambda module, args, output: output)
-    model[3].padding_mode, model[3].padding = "circular", (0, 0)
     sparse = rwfx.transform(model, examples=0.3)
-    assert len([node for node in sparse.graph.nodes if "examples" in node.kwargs]) == 1
+    assert len([node for node in sparse.graph.nodes if "examples" in node.kwargs]) == 2
+
+
+def test_padding_that_is_no_zeros_is_within_an_example():
+    model = network()
+    model[0] = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular").double()
+    model[3] = nn.Conv2d(8, 8, 4, padding="same", padding_mode="reflect").double()
+    model[6] = nn.Linear(512, 5).double()
+    sparse = rwfx.transform(model, examples=0.3)
+    assert len([node for node in sparse.graph.nodes if "examples" in node.kwargs]) == 3

@@ -1,0 +1,65 @@
+"""Capture: a model becomes the graphs of its forward pass, in train mode and in eval mode.
+
+In: any ``nn.Module``, left as it was, and example inputs. Out: a ``Capture``: a *host*, a tree of modules that
+shares every parameter and buffer with the model, and two graphs over it.
+
+The routes are a ladder; the first that holds is taken:
+
+1. ``torch.fx.symbolic_trace``: calls of modules and of torch functions. It holds when the model can be traced and, on
+   example inputs, both graphs give the model's own outputs and buffers, bit for bit, from the same random stream.
+2. ``torch.export``, which needs example inputs: ATen operators, with branches and loops decided by the example and
+   every decision about a shape checked at each call.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from rwfx.capture import exported, symbolic
+from rwfx.capture.allowed import check_model
+from rwfx.capture.host import shared_copy, untouched
+from rwfx.capture.inputs import ExampleInputs, bind_inputs
+from rwfx.capture.replay import Replay, same_outputs
+from rwfx.capture.route import CaptureError, Graphs
+
+__all__ = ["Capture", "CaptureError", "ExampleInputs", "capture", "same_outputs", "shared_copy", "untouched"]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model as graphs."""
+
+    host: nn.Module
+    train: fx.Graph
+    eval: fx.Graph
+    notes: tuple[str, ...]  # what the graphs do not do that the model does
+    route: str  # "symbolic_trace" or "torch.export"
+    inputs: ExampleInputs | None = None  # those of the caller, as arguments of forward
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
+    """Capture ``model`` in train and in eval mode by the first route that holds.
+
+    An argument of ``forward`` that has a default keeps it, unless ``example_inputs`` (a tuple of positional arguments,
+    a dict of keyword arguments, a single value, or a batch of a data loader) gives it; calling the graph with another
+    value raises. Tensors are free, and so are their shapes where the graph holds for other ones.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: ``example_inputs`` do not fit, or no route holds; names each route, where it failed and what to do.
+    """
+    check_model(model)
+    inputs = bind_inputs(model, example_inputs)
+    replay = None if inputs is None else Replay(model, inputs)
+    failures = []
+    for route in (symbolic, exported):
+        try:
+            graphs: Graphs = route.capture(model, inputs)
+            notes = () if replay is None else replay.check(graphs)
+        except CaptureError as error:
+            failures.append(error)
+        else:
+            return Capture(graphs.host, graphs.train, graphs.eval, (*graphs.notes, *notes), route.NAME, inputs)
+    name = type(model).__name__
+    raise ValueError("\n".join([f"cannot trace {name}:", *(f"- {error}" for error in failures)])) from failures[0]

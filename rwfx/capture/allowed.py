@@ -1,0 +1,30 @@
+"""Which models are refused before any route is tried, and with what remedy."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+def check_model(model: Any) -> None:
+    """Refuse what no route can capture.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: it is compiled, wrapped, scripted, lazy or replaced; says what to give in its place.
+    """
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {name}.")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model is compiled. Transform the model first, then compile what comes out of it.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"model is wrapped in {name}. Transform model.module first, then wrap what comes out of it.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model is a ScriptModule, which torch.fx cannot trace. Give the nn.Module it was made from.")
+    if "forward" in vars(model):
+        raise ValueError(f"forward of this {name} has been replaced on the instance, where torch.fx does not see it.")
+    lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(f"parameter {lazy[0]!r} is lazy and has no shape yet. Run the model once on a batch first.")

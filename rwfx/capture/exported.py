@@ -1,0 +1,147 @@
+"""The second route: ``torch.export``, once in train and once in eval mode, rebuilt over the model's own tensors.
+
+It runs the forward pass on fake tensors, so that Python is followed wherever it goes; what it decides by a shape
+becomes a condition on the shapes of later inputs. The graph calls ATen operators.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes
+
+from rwfx.capture.host import Constants, attributes_of, lost_of, scratch_copy, set_mode, shared_copy
+from rwfx.capture.inputs import ExampleInputs
+from rwfx.capture.rebuild import rebuild
+from rwfx.capture.route import CaptureError, Graphs, first_lines, place_of
+from rwfx.capture.signature import Signature
+from rwfx.capture.streams import undrawn
+
+NAME = "torch.export"
+
+
+def capture(model: nn.Module, inputs: ExampleInputs | None) -> Graphs:
+    """Export ``model`` with the shapes of its inputs left open.
+
+    Raises:
+        CaptureError: there are no inputs, or it cannot be exported; names the module, the line and what to do.
+    """
+    if inputs is None:
+        raise CaptureError(
+            "torch.export follows Python through branches and shapes, and needs example_inputs to do so: give "
+            "example_inputs, a tuple or a dict of arguments of the forward pass."
+        )
+    signature = Signature(model, inputs)
+    scratch = scratch_copy(model)
+    for module in scratch.modules():
+        module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
+    before = attributes_of(scratch)
+    host = shared_copy(model)
+    constants = Constants(host)
+    failures: dict[bool, Exception] = {}
+    graphs, notes = {}, []
+    for mode in (True, False):
+        set_mode(scratch, mode)
+        try:
+            program, outputs, more = _export(scratch, signature)
+            graphs[mode] = rebuild(program, signature, outputs, host, constants)
+        except CaptureError:
+            raise
+        except Exception as error:
+            failures[mode] = error
+        else:
+            notes += [note for note in more if note not in notes]
+    if failures:
+        raise CaptureError(_explain(failures, scratch)) from next(iter(failures.values()))
+    return Graphs(host, graphs[True], graphs[False], (*notes, *lost_of(model, scratch, before, keeps_leaves=False)))
+
+
+class _OnLeaves(nn.Module):
+    """The model as a function of the tensors alone; remembers what it gave out."""
+
+    def __init__(self, model: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.model, self.signature = model, signature
+        self.seen = _Seen()
+
+    def forward(self, *tensors: Tensor) -> Any:
+        args, kwargs = self.signature.called_with(tensors)
+        self.seen.output = self.model.forward(*args, **kwargs)
+        return self.signature.results_of(self.seen.output)
+
+
+class _Seen:
+    """Holds an output outside of any module's attributes, which torch.export watches."""
+
+    output: Any = None
+
+
+# From the freest: with sizes 0 and 1 like any other; with sizes from 2 on; of the example's shapes alone.
+FREEDOMS = ({"backed_size_oblivious": True}, {"backed_size_oblivious": False}, None)
+
+
+def _export(scratch: nn.Module, signature: Signature) -> tuple[ExportedProgram, Any, list[str]]:
+    """The program, an example of its outputs, and notes."""
+    first: Exception | None = None
+    for freedom in FREEDOMS:
+        root = _OnLeaves(scratch, signature)
+        shapes = None if freedom is None else (tuple((Dim.AUTO,) * x.dim() for x in signature.tensors),)
+        drawn = CaptureError(
+            f"{type(scratch).__name__} draws random numbers in Python (random.random, numpy.random) in its forward "
+            "pass: what they decide would be frozen into the graph. Draw them as tensors (torch.rand_like(x)), or "
+            "switch off what draws them (layerdrop=0 in a configuration)."
+        )
+        try:
+            with undrawn(drawn), torch.enable_grad(), _shapes_as(freedom or {}), _quiet():
+                program = torch.export.export(root, signature.tensors, dynamic_shapes=shapes, strict=False)
+        except CaptureError:
+            raise
+        except Exception as error:
+            first = first or error
+            continue
+        notes = []
+        if freedom is None and first is not None:
+            notes.append(f"the graph holds for the shapes of example_inputs alone: {first_lines(first, 1)}")
+        return program, root.seen.output, notes
+    assert first is not None
+    raise first
+
+
+def _shapes_as(options: dict[str, bool]) -> AbstractContextManager[None]:
+    return symbolic_shapes.patch(options)  # type: ignore[attr-defined]  a module that torch makes callable
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch.export's own lines about what it specialised: the rebuilt graph's conditions say it."""
+    logger = logging.getLogger("torch._export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _explain(failures: dict[bool, Exception], scratch: nn.Module) -> str:
+    mode, error = next(iter(failures.items()))
+    alone = len(failures) == 1
+    where = place_of(error, scratch)
+    word = "train" if mode else "eval"
+    text = f"torch.export fails in {word} mode in {where}: {first_lines(error)}\n"
+    if alone and mode:
+        return text + (
+            "In eval mode it does not: the forward pass branches on random numbers in training (layerdrop, stochastic "
+            "depth, masks drawn for augmentation). Switch that off in the model's configuration (layerdrop=0, "
+            "apply_spec_augment=False) and try again."
+        )
+    return text + (
+        "It cannot follow a branch, a loop or a size that depends on the values of a tensor (.item(), nonzero, boolean "
+        "indices, if x.sum() > 0). Move that part out of the forward pass, or write it with tensor operations "
+        "(torch.where)."
+    )

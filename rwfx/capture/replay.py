@@ -1,0 +1,113 @@
+"""The replay: graphs are believed only if they give what the model gives, from the same random stream."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_flatten
+
+from rwfx.capture.host import scratch_copy, set_mode, untouched
+from rwfx.capture.inputs import ExampleInputs
+from rwfx.capture.route import CaptureError, Graphs, first_lines, place_of
+from rwfx.capture.structure import leaves_of
+
+
+class Replay:
+    """What a model gives on example inputs, in train and in eval mode.
+
+    Raises:
+        ValueError: the model fails on them, or changes them.
+    """
+
+    def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
+        self.model, self.inputs = model, inputs
+        self.buffers = [name for name, _ in model.named_buffers()]
+        self.is_meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+        self.expected = {mode: self._eager(mode) for mode in (True, False)}
+
+    def check(self, graphs: Graphs) -> tuple[str, ...]:
+        """Refuse graphs that give other outputs, or leave other buffers, than the model; notes what was not looked at.
+
+        Raises:
+            CaptureError: they differ.
+        """
+        if self.is_meta:
+            return ("the model is on the meta device: its graphs were not compared with it",)
+        notes = []
+        for mode, graph in ((True, graphs.train), (False, graphs.eval)):
+            host = scratch_copy(graphs.host)
+            set_mode(host, mode)
+            given = self._run(GraphModule(host, graph), host)
+            if _equal(given, self.expected[mode]):
+                continue
+            word = "train" if mode else "eval"
+            if _equal(self._eager(mode), self.expected[mode]) or not _close(given, self.expected[mode]):
+                raise CaptureError(
+                    f"the graph gives other outputs than the model on example_inputs in {word} mode, so the forward "
+                    "pass does something that tracing froze (a branch or a number computed in Python)."
+                )
+            notes.append(
+                f"in {word} mode the model's own outputs differ from call to call; its graph's are close to them"
+            )
+        return tuple(notes)
+
+    def _eager(self, mode: bool) -> list[Tensor]:
+        scratch = scratch_copy(self.model)
+        set_mode(scratch, mode)
+        before = [(path, x, x.clone()) for path, x in leaves_of(self._values()) if isinstance(x, Tensor)]
+        try:
+            found = self._run(scratch, scratch)
+        except Exception as error:
+            raise ValueError(
+                f"{type(self.model).__name__} fails on example_inputs in {place_of(error, scratch)}: "
+                f"{first_lines(error)}"
+            ) from error
+        for path, now, then in before:
+            if not now.is_meta and not torch.equal(now, then):
+                now.copy_(then)
+                where = "".join(map(str, path[1:]))
+                raise ValueError(
+                    f"{type(self.model).__name__} changes its input {path[0].key}{where} in place, and a second look "
+                    "at the same example would see another one. Let the forward pass work on input.clone()."
+                )
+        return found
+
+    def _run(self, module: nn.Module, holder: nn.Module) -> list[Tensor]:
+        """The outputs of one call, and then the model's buffers, as ``holder`` has them after it."""
+        with untouched(holder):
+            output = module.forward(*self.inputs.args, **self.inputs.kwargs)
+            buffers = dict(holder.named_buffers())
+            return [x.detach().clone() for x in (*_tensors(output), *(buffers[name] for name in self.buffers))]
+
+    def _values(self) -> dict[str, Any]:
+        return self.inputs.arguments_of(self.model)
+
+
+def same_outputs(model: nn.Module, transformed: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether both give the same outputs, bit for bit, from the same random stream, in their present mode.
+
+    Buffers and the global random stream are left as they were.
+    """
+    outputs = []
+    for module in (model, transformed):
+        with untouched(module):
+            outputs.append(_tensors(module(*inputs.args, **inputs.kwargs)))
+    return _equal(*outputs)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = [leaf for _, part in leaves_of(output) for leaf in tree_flatten(part)[0]]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return _close(a, b, rtol=0, atol=0)
+
+
+def _close(a: list[Tensor], b: list[Tensor], **tolerance: Any) -> bool:
+    try:
+        torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
+    except AssertionError:
+        return False
+    return True
