@@ -5,7 +5,6 @@ In: a captured model, its weight graph, what the caller asked for. Out: the repo
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -21,30 +20,34 @@ from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.policies import Densities, Policy, TopK
 from rwfx.report import Line
+from rwfx.roles import outputs_of, roles_of, vocabularies_of
 from rwfx.sampler import RowSampler
 from rwfx.schedules import Schedule
 from rwfx.weight_graph import WeightGraph
+from rwfx.where import Where, asked_for, matches
 
 
 def lines_of(
     gm: GraphModule,
     graph: WeightGraph,
     captured: Capture,
-    patterns: Sequence[str],
+    left_out: Mapping[str, str],
     grad: str,
     policy: Policy,
     densities: Mapping[str, float | Schedule] | None,
     of_examples: bool = False,
 ) -> tuple[Line, ...]:
-    """A line per parameter with rows: those of the linear calls in execution order, then the rest."""
+    """A line per parameter with rows: those of the linear calls in execution order, then the rest.
+
+    ``left_out``: the weights that are not asked for, each with the reason.
+    """
     calls = {node.name: node for node in gm.graph.nodes}
-    lines, every_name = [], []
-    for weight, names in graph.names.items():
+    lines = []
+    for weight in graph.names:
         uses = [use for use in graph.uses if use.weight == weight]
         parameter = captured.host.get_parameter(weight)
-        every_name += [n for name in names for n in _paths(name)]
-        if any(_matches(name, patterns) for name in names):
-            reason = "asked for with dense="
+        if weight in left_out:
+            reason = left_out[weight]
         elif weight not in graph.reached:
             reason = "no walk reaches it from an output"
         elif not parameter.is_floating_point() or not parameter.numel():
@@ -67,14 +70,43 @@ def lines_of(
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
-            every_name += _paths(name)
             reason = f"no plain linear call uses it (it belongs to {owner})"
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in every_name):
-            known = ", ".join(line.weight for line in lines)
-            raise ValueError(f"dense names {pattern!r}, which matches no weight or module; the weights are {known}.")
     return tuple(lines)
+
+
+def left_out(
+    gm: GraphModule,
+    graph: WeightGraph,
+    captured: Capture,
+    include: Sequence[Where],
+    exclude: Sequence[Where],
+    densities: Densities | None,
+) -> dict[str, str]:
+    """The weights that are not asked for, each with the reason.
+
+    Of its own accord a vocabulary's scores are not: each is a term of the softmax of every token, and the rows that a
+    step leaves out would be left out of the loss's gradient.
+
+    Raises:
+        ValueError: a place matches nothing.
+    """
+    host = captured.host
+    weights = {name: (name,) for name, parameter in host.named_parameters() if parameter.dim() >= 2} | graph.names
+    roles = roles_of(gm, graph)
+    wanted = asked_for("include", include, weights, host, roles)
+    unwanted = asked_for("exclude", exclude, weights, host, roles)
+    by_name = asked_for("include", [place for place in include if place != "all"], weights, host, roles)
+    if isinstance(densities, Mapping):
+        by_name |= {weight for weight in weights if any(matches(weights[weight], pattern) for pattern in densities)}
+    reasons = {
+        weight: f"it gives the scores of a vocabulary, a row for each entry of {table}, and a row left out is a term "
+        'of the loss left out; include= ("head") or a density by name makes it sparse'
+        for weight, table in vocabularies_of(host, graph).items()
+        if weight not in by_name
+    }
+    reasons |= {weight: "include= does not ask for it" for weight in weights.keys() - wanted}
+    return reasons | dict.fromkeys(unwanted, "asked for with exclude=")
 
 
 def densities_of(density: Densities | None, graph: WeightGraph) -> dict[str, float | Schedule] | None:
@@ -89,12 +121,10 @@ def densities_of(density: Densities | None, graph: WeightGraph) -> dict[str, flo
     if density is None:
         return None
     if not isinstance(density, Mapping):
-        read = {target for k in range(len(graph.stations)) for target in graph.station_of(graph.sources(k)).tolist()}
-        outputs = {graph.stations[head].weight for head in graph.heads if head not in read}  # type: ignore[union-attr]
-        return {weight: density for weight in graph.names if weight not in outputs}
+        return {weight: density for weight in graph.names.keys() - outputs_of(graph)}
     found, unused = {}, set(density)
     for weight, names in graph.names.items():
-        matching = [pattern for pattern in density if any(_matches(name, [pattern]) for name in names)]
+        matching = [pattern for pattern in density if matches(names, pattern)]
         unused -= set(matching)
         if matching:
             found[weight] = density[matching[0]]
@@ -184,16 +214,6 @@ def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:
         if shared and node not in calls:
             return f"{node.name} uses its weight or bias too"
     return ""
-
-
-def _paths(weight: str) -> list[str]:
-    """A weight's name and those of all modules that it lies in."""
-    parts = weight.split(".")
-    return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
-
-
-def _matches(weight: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(n, p) for n in _paths(weight) for p in patterns)
 
 
 def _needs_gradient(gm: GraphModule, node: Any) -> bool:

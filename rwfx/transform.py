@@ -5,7 +5,7 @@ read_columns -> verify
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from rwfx import native
 from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
 from rwfx.capture import Capture, ExampleInputs, capture, same_outputs, shared_copy
-from rwfx.choose import densities_of, lines_of, weigh, with_followers, with_sources
+from rwfx.choose import densities_of, left_out, lines_of, weigh, with_followers, with_sources
 from rwfx.draws import sampler_of, starts_at_loss
 from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import ExamplePolicy, TopExamples, example_policy, expected_fraction
@@ -32,6 +32,7 @@ from rwfx.policies import Densities, Policy, RandomWalk, TopK, Uniform
 from rwfx.sampler import RowSampler
 from rwfx.sparse_module import SparseModule, check_names
 from rwfx.weight_graph import graph_of, shapes_of
+from rwfx.where import Where, given_places
 
 
 def transform(
@@ -41,7 +42,8 @@ def transform(
     density: Densities | None = None,
     rows: Policy | None = None,
     examples: float | int | ExamplePolicy | None = None,
-    dense: str | Sequence[str] = (),
+    include: Where | Sequence[Where] = "all",
+    exclude: Where | Sequence[Where] = (),
     mode: Literal["sparse", "masked"] = "sparse",
     dx: Literal["rows", "full"] | None = None,
     grad: Literal["dense", "rows"] = "dense",
@@ -73,7 +75,11 @@ def transform(
             largest gradient at the output, or an example policy (``rwfx.TopExamples``, ``SampledExamples``,
             ``AdaptiveExamples``; see ``rwfx.examples``). With ``rows``, ``density`` or ``num_paths`` a call then
             computes with the kept rows of the kept examples; without any of them with all rows.
-        dense: names of weights or modules that stay dense; ``*`` and ``?`` match any letters (``"head.*"``).
+        include, exclude: the weights that may be row-sparse, and those of them that stay dense: a name of a weight or
+            module, where ``*`` and ``?`` match any letters (``"encoder.*"``), a role (``"head"``, ``"mlp"``,
+            ``"attention"``, ``"all"``; see ``rwfx.roles``), a class of modules, a function of a weight's name and its
+            module, or several. The head of a language model, with a row for every word, is row-sparse only where it is
+            asked for by more than ``"all"``.
         mode: ``"sparse"``, or ``"masked"``: dense products, masked afterwards, to compare with.
         dx: ``"rows"`` sums the input's gradient over the row set, ``"full"`` over every row; then the gradients
             are those of plain backpropagation, masked. By default ``"rows"``, and ``"full"`` with
@@ -100,7 +106,7 @@ def transform(
     _check_choices(mode, dx, grad, seed, break_even)
     _check_policy(policy, mode, resample_every)
     dx = dx or ("full" if mode == "masked" else "rows")
-    patterns = _patterns(dense)
+    included, excluded = given_places("include", include), given_places("exclude", exclude)
     if isinstance(model, SparseModule):
         raise ValueError("model is already transformed. Transform the model it was made from.")
 
@@ -118,7 +124,8 @@ def transform(
     shapes = shapes_of(gm, captured)
     graph = graph_of(gm, captured, shapes)
     densities = densities_of(policy.density, graph)
-    lines = lines_of(gm, graph, captured, patterns, grad, policy, densities, of_examples is not None)
+    unasked = left_out(gm, graph, captured, included, excluded, policy.density)
+    lines = lines_of(gm, graph, captured, unasked, grad, policy, densities, of_examples is not None)
     kept = [line.weight for line in lines if not line.dense_because]
     gm, example_notes = _followed(gm, captured, of_examples)
     lines = with_followers(lines, gm)
@@ -214,14 +221,6 @@ def _check_replay(model: nn.Module, sparse_model: SparseModule, inputs: ExampleI
             f"the captured graph of {type(model).__name__} gives other outputs than the model on example_inputs, so "
             "its forward pass does something that tracing froze (a branch or a number computed in Python)."
         )
-
-
-def _patterns(dense: Any) -> tuple[str, ...]:
-    patterns = (dense,) if isinstance(dense, str) else tuple(dense) if isinstance(dense, Iterable) else (dense,)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"dense must hold names of weights or modules (str), got {pattern!r}.")
-    return patterns
 
 
 def _followed(

@@ -18,10 +18,11 @@ BAD = [
     ({"grad": []}, ValueError, "grad must be one of"),
     ({"seed": -1}, ValueError, "seed"),
     ({"seed": "a"}, TypeError, "seed"),
-    ({"dense": [["0"]]}, TypeError, "dense must hold names of weights or modules \\(str\\), got \\['0'\\]"),
-    ({"dense": 3}, TypeError, "dense must hold names"),
-    ({"dense": "head"}, ValueError, "dense names 'head', which matches no weight or module; the weights are 0.weight"),
-    ({"dense": "*"}, ValueError, "no weight is left to make sparse"),
+    ({"exclude": [["0"]]}, TypeError, "exclude must hold names of weights or modules .*, got \\['0'\\]"),
+    ({"include": 3}, TypeError, "include must hold names"),
+    ({"exclude": "body"}, ValueError, "exclude names 'body', which matches no weight or module; the weights are 0.we"),
+    ({"exclude": "*"}, ValueError, "no weight is left to make sparse"),
+    ({"include": "attention"}, ValueError, "no weight is left to make sparse"),
 ]
 
 

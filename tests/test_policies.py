@@ -412,7 +412,7 @@ def test_walks_start_where_the_last_gradient_was():
 
 def test_densities_are_given_by_name_and_what_is_not_named_stays_dense():
     model = mlp(6, 10, 10, 5)
-    sparse = transformed(model, Uniform({"0": 0.2, "*.weight": 0.5}), dense="4")
+    sparse = transformed(model, Uniform({"0": 0.2, "*.weight": 0.5}), exclude="4")
     sparse(torch.randn(2, 6, dtype=torch.float64)).sum().backward()
     assert {name: len(rows) for name, rows in sparse.rows.items()} == {"0.weight": 2, "2.weight": 5}
     partly = transformed(mlp(6, 10, 10, 5), TopK({"2.weight": 0.5}))

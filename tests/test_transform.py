@@ -223,18 +223,18 @@ def test_sampler_state_resumes_the_draws():
         rwfx.transform(make(Modules), num_paths=2).load_sampler_state(state)
 
 
-def test_dense_keeps_weights_by_name_module_and_pattern():
+def test_what_is_excluded_stays_dense():
     model = make(Residual)
     inputs = model.inputs()
-    for dense, left in [
+    for exclude, left in [
         ("head", ["stem.weight", "blocks.0.weight", "blocks.1.weight", "blocks.2.weight"]),
         (["blocks.*"], ["stem.weight", "head.weight"]),
         (("stem.weight", "head.weight", "blocks.1"), ["blocks.0.weight", "blocks.2.weight"]),
     ]:
-        sparse = rwfx.transform(model, num_paths=2, dense=dense)
+        sparse = rwfx.transform(model, num_paths=2, exclude=exclude)
         loss_of(run(sparse, inputs)).backward()
         assert list(sparse.rows) == list(sparse.report.sparse) == left
-        assert all("dense=" in why for why in sparse.report.dense.values())
+        assert all("exclude=" in why for why in sparse.report.dense.values())
 
 
 def test_report_counts_the_products_that_were_computed():
@@ -313,7 +313,7 @@ def test_any_training_loop_needs_no_change():
 
 def test_dense_takes_whole_containers():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
-    assert rwfx.transform(model, dense="0").report.sparse == ("1.weight",)
+    assert rwfx.transform(model, exclude="0").report.sparse == ("1.weight",)
 
 
 def test_a_shallow_copy_is_a_transformed_model_too():
