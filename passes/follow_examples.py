@@ -16,6 +16,7 @@ from rwfx.capture import untouched
 from rwfx.label_rules import bare_name, operation_of
 from rwfx.passes.conv_spellings import CONVOLUTIONS, TRANSPOSED
 from rwfx.passes.normalize import weight_of
+from rwfx.passes.outputs import outputs_of
 from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
 
 MARK = "follows_examples"  # of a call, in its ``meta``
@@ -59,8 +60,7 @@ def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[Gr
     tried = _is_batch(batch) and len(batch) > 1
     following, with_entries = _tried(marked, calls, values, len(batch)) if tried else _known(marked, node)
     notes = []
-    (output,) = (node for node in marked.graph.nodes if node.op == "output")
-    for node in output.all_input_nodes:
+    for node in outputs_of(marked.graph):
         node.meta[ENTRIES] = node.name in with_entries
     for node in calls:
         if node.name in following:
@@ -190,8 +190,7 @@ def _tried(gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...], num_exam
     """The calls at which the gradient of one example's output arrives in that example's places alone; and what is given
     out with an entry for each example."""
     convolutions = {node.name for node in calls if node.target in CONVOLUTIONS}
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    given_out = set(output.all_input_nodes)
+    given_out = set(outputs_of(gm.graph))
     outputs: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
 
