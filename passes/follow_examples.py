@@ -16,6 +16,7 @@ from rwfx.capture import untouched
 from rwfx.label_rules import bare_name, operation_of
 from rwfx.passes.conv_spellings import CONVOLUTIONS, TRANSPOSED
 from rwfx.passes.normalize import weight_of
+from rwfx.passes.outputs import outputs_of
 from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
 
 MARK = "follows_examples"  # of a call, in its ``meta``
@@ -73,8 +74,7 @@ def follow_examples(
     lead = batch.shape[:counted] if tried else None
     following, with_entries = _known(marked, node) if lead is None else _tried(marked, calls, values, lead)
     notes = []
-    (output,) = (node for node in marked.graph.nodes if node.op == "output")
-    for node in output.all_input_nodes:
+    for node in outputs_of(marked.graph):
         node.meta[ENTRIES] = node.name in with_entries
         node.meta[TOKENS] = with_entries.get(node.name) == 2
     for node in calls:
@@ -213,8 +213,7 @@ def _tried(
     """
     num_examples = lead.numel()
     convolutions = {node.name for node in calls if node.target in CONVOLUTIONS}
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    given_out = set(output.all_input_nodes)
+    given_out = set(outputs_of(gm.graph))
     outputs: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
     counted: dict[str, int] = {}

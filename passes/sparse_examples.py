@@ -16,6 +16,7 @@ from rwfx.loss_walk import LossWalkSampler
 from rwfx.passes.conv_spellings import CONVOLUTIONS
 from rwfx.passes.follow_examples import BATCH, ENTRIES, MARK, TOKENS
 from rwfx.passes.normalize import weight_of
+from rwfx.passes.outputs import outputs_of, takers_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import SAMPLER
 from rwfx.sampler import RowSampler
@@ -136,9 +137,9 @@ def _pick(
 ) -> None:
     """Send all outputs through the operator that chooses."""
     graph = gm.graph
-    (output,) = (node for node in graph.nodes if node.op == "output")
+    takers = takers_of(graph)
     outputs = [
-        node for node in output.all_input_nodes if node.op not in ("placeholder", "get_attr") and not _is_number(node)
+        node for node in outputs_of(graph) if node.op not in ("placeholder", "get_attr") and not _is_number(node)
     ]
     options: dict[str, Any] = dict(sampler.options)
     without = [k for k, node in enumerate(outputs) if not node.meta.get(ENTRIES)]
@@ -151,17 +152,18 @@ def _pick(
         )
     if isinstance(sampler.policy, SampledExamples):
         options["state"] = state
-    with graph.inserting_before(output):
+    with graph.inserting_before(takers[0]):
         if isinstance(sampler.policy, AdaptiveExamples):
             options["needed"] = graph.get_attr(f"{EXAMPLES}.needed")
-        options["whole"] = all(node in calls and list(node.users) == [output] for node in outputs)
+        options["whole"] = all(node in calls and set(node.users) <= set(takers) for node in outputs)
         by_example = [_by_example(graph, node) for node in outputs]
         picked = graph.call_function(PICK, (by_example, kept, num_examples), options)
         items = [
             _as_given(graph, node, graph.call_function(operator.getitem, (picked, k))) for k, node in enumerate(outputs)
         ]
     for node, item in zip(outputs, items, strict=True):
-        output.replace_input_with(node, item)
+        for taker in takers:
+            taker.replace_input_with(node, item)
 
 
 def _by_example(graph: Graph, output: Node) -> Node:
@@ -178,6 +180,8 @@ def _is_number(node: Node) -> bool:
     """Whether it is about a shape: no tensor."""
     name = bare_name(node.target)
     if node.op == "call_method" and name in ("size", "dim", "numel"):
+        return True
+    if node.target is ops.aten.sym_size.int:
         return True
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim")

@@ -20,7 +20,7 @@ from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.policies import Densities, Policy, TopK
 from rwfx.report import Line
-from rwfx.roles import outputs_of, roles_of, vocabularies_of
+from rwfx.roles import heads_of, roles_of, vocabularies_of
 from rwfx.sampler import RowSampler
 from rwfx.schedules import Schedule
 from rwfx.weight_graph import WeightGraph
@@ -121,7 +121,7 @@ def densities_of(density: Densities | None, graph: WeightGraph) -> dict[str, flo
     if density is None:
         return None
     if not isinstance(density, Mapping):
-        return {weight: density for weight in graph.names.keys() - outputs_of(graph)}
+        return {weight: density for weight in graph.names.keys() - heads_of(graph)}
     found, unused = {}, set(density)
     for weight, names in graph.names.items():
         matching = [pattern for pattern in density if matches(names, pattern)]

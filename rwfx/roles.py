@@ -34,7 +34,7 @@ def roles_of(gm: GraphModule, graph: WeightGraph) -> dict[str, frozenset[str]]:
     """The weights of each of ``ROLES``; ``mlp`` has those of linear calls that no other has."""
     calls = {node.name: node for node in gm.graph.nodes}
     used = {use.node: use.weight for use in graph.uses}
-    heads = outputs_of(graph)
+    heads = heads_of(graph)
     attention = {used[node.name] for core in _attentions(gm) for node in _around(gm, core) if node.name in used}
     linear = {use.weight for use in graph.uses if calls[use.node].target not in CONVOLUTIONS}
     return {
@@ -44,7 +44,7 @@ def roles_of(gm: GraphModule, graph: WeightGraph) -> dict[str, frozenset[str]]:
     }
 
 
-def outputs_of(graph: WeightGraph) -> set[str]:
+def heads_of(graph: WeightGraph) -> set[str]:
     """The weights that give outputs of the model and nothing else."""
     read = {target for k in range(len(graph.stations)) for target in graph.station_of(graph.sources(k)).tolist()}
     uses = {station: s.weight for station, s in enumerate(graph.stations) if isinstance(s, WeightUse)}
@@ -60,7 +60,7 @@ def vocabularies_of(host: nn.Module, graph: WeightGraph) -> dict[str, str]:
         if isinstance(module, nn.Embedding)
     }
     found = {}
-    for weight in outputs_of(graph):
+    for weight in heads_of(graph):
         own = host.get_parameter(weight)
         for name, entries in tables.items():
             if host.get_parameter(name) is own or entries == len(own):

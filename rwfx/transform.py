@@ -60,10 +60,12 @@ def transform(
 
         dx = g[..., R] @ W[R]      dW[R] = g[..., R].T @ x      db[R] = g[..., R].sum(0)      zero elsewhere.
 
-    In eval mode it is the dense model; without gradients nothing is drawn. ``model`` itself is left as it was.
+    In eval mode it is the dense model; without gradients nothing is drawn. ``model`` itself is left as it was, and may
+    be transformed again: the two results share its parameters and buffers, and each draws rows of its own.
 
     Args:
-        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically.
+        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically or, with ``example_inputs``, ``torch.export``
+            can export; the graph then keeps the dtype and the device that the model has now.
         num_paths, density: short for ``rows=rwfx.RandomWalk(num_paths, density)``: 50 walks a step by default. With a
             density, above 0 and at most 1, every row set has that share of its weight's rows, rounded up: no shape
             changes from step to step and nothing is read back from a GPU, as CUDA graphs need
@@ -93,9 +95,10 @@ def transform(
         break_even: leave a weight dense where a row-sparse backward is predicted to take longer, by
             ``rwfx.CostModel()`` or by the one given (``CostModel.measured(batch_size)`` measures this machine). False
             weighs nothing. On other devices than a CPU nothing is predicted unless a model is given.
-        example_inputs: a tuple, a dict of keyword arguments, or a single value for ``model.forward``. Needed where
-            the model reshapes by the shape of its inputs, or to say which optional arguments are used; the
-            result is then also checked against the model on them.
+        example_inputs: a tuple, a dict of keyword arguments, a single value for ``model.forward``, or a batch of a data
+            loader, of which inputs alone are taken. Needed where the model reshapes or branches by the shape of its
+            inputs, or to say which optional arguments are used; the result is then also checked against the model
+            on them.
 
     Raises:
         TypeError, ValueError: an argument is not allowed, the model cannot be traced, has no linear weight, or no

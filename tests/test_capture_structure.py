@@ -142,3 +142,20 @@ def test_what_a_graph_cannot_make_or_take_is_named():
         capture(Model(lambda y, n: {"y": y, "cache": Cache()}), some(2, 4))
     with pytest.raises(ValueError, match=r"argument weights of Nested\.forward is of type Cache"):
         capture(Nested(), {"batch": {"x": some(2, 4)}, "weights": Cache()})
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_examples_are_left_out_behind_any_container(kind):
+    found = sparse(Model(OUTPUTS[kind]), some(6, 4), examples=0.5)
+    x = some(6, 4).requires_grad_()
+    outputs = [leaf for leaf in leaves_of(found(x)) if isinstance(leaf, torch.Tensor) and leaf.dim() == 2]
+    sum(y.square().sum() for y in outputs).backward()
+    assert found.examples == (3, 6)
+    assert int(x.grad.any(1).sum()) == 3
+
+
+def leaves_of(output):
+    if isinstance(output, Scored):
+        output = vars(output)
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else None
+    return [output] if parts is None else [leaf for part in parts for leaf in leaves_of(part)]

@@ -6,13 +6,15 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
+
 
 def check_model(model: Any) -> None:
     """Refuse what no route can capture.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: it is compiled, wrapped, scripted, lazy or replaced; says what to give in its place.
+        ValueError: it is compiled, wrapped, scripted, lazy, quantised or replaced; says what to give in its place.
     """
     name = type(model).__name__
     if not isinstance(model, nn.Module):
@@ -25,6 +27,13 @@ def check_model(model: Any) -> None:
         raise ValueError("model is a ScriptModule, which torch.fx cannot trace. Give the nn.Module it was made from.")
     if "forward" in vars(model):
         raise ValueError(f"forward of this {name} has been replaced on the instance, where torch.fx does not see it.")
+    for path, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith(QUANTISED) or hasattr(module, "_packed_params"):
+            raise ValueError(
+                f"module {path!r} is quantised ({kind.__module__}.{kind.__name__}): its weight is packed and has no "
+                "gradient. Transform the float model, and quantise it after training."
+            )
     lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(f"parameter {lazy[0]!r} is lazy and has no shape yet. Run the model once on a batch first.")

@@ -4,10 +4,11 @@ It runs the forward pass on fake tensors, so that Python is followed wherever it
 becomes a condition on the shapes of later inputs. The graph calls ATen operators.
 """
 
+import io
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def capture(model: nn.Module, inputs: ExampleInputs | None) -> Graphs:
             notes += [note for note in more if note not in notes]
     if failures:
         raise CaptureError(_explain(failures, scratch)) from next(iter(failures.values()))
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        notes.append("gradient checkpointing inside of the forward pass is not kept: its activations stay in memory")
     return Graphs(host, graphs[True], graphs[False], (*notes, *lost_of(model, scratch, before, keeps_leaves=False)))
 
 
@@ -71,8 +74,26 @@ class _OnLeaves(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Any:
         args, kwargs = self.signature.called_with(tensors)
+        before = [(module, dict(module._buffers)) for module in self.model.modules()]
         self.seen.output = self.model.forward(*args, **kwargs)
+        for module, buffers in before:
+            _write_back(module, buffers)
         return self.signature.results_of(self.seen.output)
+
+
+def _write_back(module: nn.Module, before: dict[str, Tensor | None]) -> None:
+    """Let what the forward pass assigned to a buffer be written into it: torch.export forgets assignments."""
+    for name, buffer in before.items():
+        now = module._buffers[name]
+        if now is buffer:
+            continue
+        if now is None or buffer is None or now.shape != buffer.shape or now.dtype != buffer.dtype:
+            raise CaptureError(
+                f"the forward pass gives buffer {name!r} of a {type(module).__name__} another shape or dtype, which a "
+                "graph does not. Keep its shape, or hold it outside of the model."
+            )
+        buffer.copy_(now.detach())
+        module._buffers[name] = buffer
 
 
 class _Seen:
@@ -118,14 +139,17 @@ def _shapes_as(options: dict[str, bool]) -> AbstractContextManager[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch.export's own lines about what it specialised: the rebuilt graph's conditions say it."""
-    logger = logging.getLogger("torch._export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without what torch.export prints: its conditions are in the rebuilt graph, its errors in ours."""
+    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _explain(failures: dict[bool, Exception], scratch: nn.Module) -> str:
@@ -133,12 +157,12 @@ def _explain(failures: dict[bool, Exception], scratch: nn.Module) -> str:
     alone = len(failures) == 1
     where = place_of(error, scratch)
     word = "train" if mode else "eval"
-    text = f"torch.export fails in {word} mode in {where}: {first_lines(error)}\n"
+    text = f"torch.export fails in {word} mode in {where}: {first_lines(error, 1)}\n"
     if alone and mode:
         return text + (
-            "In eval mode it does not: the forward pass branches on random numbers in training (layerdrop, stochastic "
-            "depth, masks drawn for augmentation). Switch that off in the model's configuration (layerdrop=0, "
-            "apply_spec_augment=False) and try again."
+            "In eval mode it does not: what happens in training alone are branches on random numbers (layerdrop, "
+            "stochastic depth, masks drawn for augmentation). Switch that off in the model's configuration "
+            "(layerdrop=0, apply_spec_augment=False) and try again."
         )
     return text + (
         "It cannot follow a branch, a loop or a size that depends on the values of a tensor (.item(), nonzero, boolean "

@@ -42,24 +42,28 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> ExampleInputs | None:
         return None
     whole = _as_arguments(example_inputs)
     problem = _misfit(model, whole)
-    if not isinstance(example_inputs, (tuple, list)) or len(example_inputs) != 2:
-        if problem:
-            raise ValueError(_does_not_fit(model, problem))
-        return whole
-    first = _as_arguments(example_inputs[0])
-    if _misfit(model, first) and isinstance(example_inputs[0], Mapping):
-        first = ExampleInputs((example_inputs[0],), {})
-    if problem:
-        if _misfit(model, first):
-            raise ValueError(_does_not_fit(model, problem))
+    first = None
+    if isinstance(example_inputs, (tuple, list)) and len(example_inputs) == 2:
+        first = _first_part(model, example_inputs[0])
+    if first is not None and (problem or first.kwargs):  # keyword arguments by name are no accident
         return first
-    if isinstance(example_inputs, list) and not _misfit(model, first):
-        name = type(model).__name__
+    if problem:
         raise ValueError(
-            f"example_inputs are a list of two, which fits {name}.forward as two arguments and as a batch of inputs "
-            "and labels. Give a tuple for positional arguments, or the inputs alone."
+            f"example_inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {problem}. "
+            "Give a tuple of positional arguments, a dict of keyword arguments, or a single value."
+        )
+    if first is not None and isinstance(example_inputs, list):
+        raise ValueError(
+            f"example_inputs are a list of two, which fits {type(model).__name__}.forward as two arguments and as a "
+            "batch of inputs and labels. Give a tuple for positional arguments, or the inputs alone."
         )
     return whole
+
+
+def _first_part(model: nn.Module, inputs: Any) -> ExampleInputs | None:
+    """The inputs of a batch of inputs and labels; None where the model cannot be called with them alone."""
+    ways = (_as_arguments(inputs), ExampleInputs((inputs,), {}))
+    return next((way for way in ways if not _misfit(model, way)), None)
 
 
 def _as_arguments(given: Any) -> ExampleInputs:
@@ -77,10 +81,3 @@ def _misfit(model: nn.Module, inputs: ExampleInputs) -> str:
     except TypeError as error:
         return str(error)
     return ""
-
-
-def _does_not_fit(model: nn.Module, problem: str) -> str:
-    return (
-        f"example_inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {problem}. Give "
-        "a tuple of positional arguments, a dict of keyword arguments, or a single value."
-    )

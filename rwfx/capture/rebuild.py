@@ -53,14 +53,9 @@ def rebuild(
         else:
             values[node] = body.read(_path(spec, program, host, constants))
     results = body.copy(program.graph, program.graph_module, values)
-    kept = []
-    for spec, value in zip(program.graph_signature.output_specs, results, strict=True):
-        if spec.kind is OutputKind.BUFFER_MUTATION:
-            buffer = body.read(_own(spec.target))
-            graph.call_function(torch.ops.aten.copy_.default, (buffer, value))
-        elif spec.kind is OutputKind.USER_OUTPUT:
-            kept.append(value)
-    graph.output(_in_structure(graph, output, kept))
+    # Before functionalisation a program mutates in place, and gives out what its caller asked for alone.
+    assert all(spec.kind is OutputKind.USER_OUTPUT for spec in program.graph_signature.output_specs)
+    graph.output(_in_structure(graph, output, results))
     _drop_unread(graph)
     graph.lint()
     return graph

@@ -1,0 +1,229 @@
+"""Example inputs: how they become arguments, and which models and inputs are refused."""
+
+from collections import UserDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+
+import rwfx
+from rwfx.capture import capture
+from rwfx.capture.inputs import bind_inputs
+
+
+def module_with(forward, **parts):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+            for name, part in parts.items():
+                if isinstance(part, torch.Tensor):
+                    self.register_buffer(name, part)
+                else:
+                    setattr(self, name, part)
+
+    Model.forward = forward
+    return Model()
+
+
+X, Y, MASK = torch.randn(5, 4), torch.zeros(5), torch.ones(5, 4)
+
+
+def one(self, x):
+    return self.b(self.a(x))
+
+
+def optional(self, x, mask=None):
+    return one(self, x)
+
+
+def keywords(self, input_ids, labels=None):
+    return one(self, input_ids)
+
+
+BATCHES = {
+    "a value": (one, X, ((X,), {})),
+    "a tuple": (optional, (X, MASK), ((X, MASK), {})),
+    "a dict": (optional, {"x": X, "mask": MASK}, ((), {"x": X, "mask": MASK})),
+    "a mapping": (keywords, UserDict(input_ids=X, labels=Y), ((), {"input_ids": X, "labels": Y})),
+    "inputs and labels": (one, [X, Y], ((X,), {})),
+    "a pair": (one, (X, Y), ((X,), {})),
+    "a dict and labels": (keywords, ({"input_ids": X}, Y), ((), {"input_ids": X})),
+    "a dict as the input": (one, [{"image": X}, Y], (({"image": X},), {})),
+    "one input in a list": (one, [X], ((X,), {})),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_a_batch_is_bound_as_the_loop_would_call_the_model(kind):
+    forward, given, (args, kwargs) = BATCHES[kind]
+    bound = bind_inputs(module_with(forward), given)
+    assert str((bound.args, dict(bound.kwargs))) == str((args, kwargs))
+
+
+@pytest.mark.parametrize(
+    ("forward", "given", "match"),
+    [
+        (optional, [X, Y], "a list of two, which fits Model.forward as two arguments and as a batch"),
+        (one, (X, Y, Y), r"do not fit Model\.forward\(x\): too many positional arguments"),
+        (one, {"y": X}, "missing a required argument: 'x'"),
+        (keywords, {"input_ids": X, "label": Y}, "unexpected keyword argument 'label'"),
+        (one, (), "missing a required argument"),
+    ],
+    ids=["ambiguous", "too many", "missing", "misspelled", "empty"],
+)
+def test_inputs_that_do_not_fit_are_refused_with_what_does(forward, given, match):
+    with pytest.raises(ValueError, match=match):
+        rwfx.transform(module_with(forward), example_inputs=given)
+
+
+def branching(self, x):
+    return one(self, x * 2 if x.shape[0] > 2 else x)
+
+
+def in_place(self, x):
+    x.mul_(2)
+    return one(self, x)
+
+
+def by_value(self, x):
+    return one(self, x) * (2 if x.sum() > 0 else 3)
+
+
+def layer_drop(self, x):
+    if self.training and torch.rand(()) < 0.5:
+        return x
+    return one(self, x)
+
+
+REFUSED = {
+    "no example inputs": (
+        branching,
+        None,
+        ["torch.fx.symbolic_trace fails", "give example_inputs", "x.shape\\[0\\] > 2"],
+    ),
+    "wrong example inputs": (one, torch.randn(5, 3), ["fails on example_inputs in module 'a'", "mat1 and mat2"]),
+    "changed in place": (in_place, X, ["changes its input x in place", "input.clone"]),
+    "a branch on values": (
+        by_value,
+        X,
+        ["torch.fx.symbolic_trace fails", "torch.export fails", "x.sum\\(\\) > 0", "torch.where"],
+    ),
+    "random branches in training": (layer_drop, X, ["In eval mode it does not", "torch.rand", "layerdrop=0"]),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_no_route_captures_is_refused_with_its_line_and_a_remedy(kind):
+    forward, given, words = REFUSED[kind]
+    model = module_with(forward)
+    state, stream = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    before = None if given is None else given.clone()
+    for word in words:
+        with pytest.raises(ValueError, match=word):
+            capture(model, given)
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert given is None or torch.equal(given, before)
+
+
+def test_a_quantised_model_is_refused():
+    class PackedLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._packed_params = object()
+
+    with pytest.raises(ValueError, match=r"module 'part' is quantised .* quantise it after training"):
+        rwfx.transform(module_with(one, part=PackedLinear()))
+
+
+def test_two_transformed_models_of_one_share_its_parameters_and_draw_rows_of_their_own():
+    model = nn.Sequential(nn.Linear(4, 50), nn.ReLU(), nn.Linear(50, 3))
+    first, second = (rwfx.transform(model, num_paths=4, break_even=False, seed=seed) for seed in (0, 1))
+    for sparse in (first, second):
+        sparse(X).sum().backward()
+    assert not torch.equal(first.rows["0.weight"], second.rows["0.weight"])
+    assert all(p is q is r for p, q, r in zip(*(m.parameters() for m in (model, first, second)), strict=True))
+    touched = model[0].weight.grad.any(1).nonzero().squeeze(1).tolist()
+    assert set(touched) <= {*first.rows["0.weight"].tolist(), *second.rows["0.weight"].tolist()}
+
+
+def test_a_weight_that_is_computed_from_the_inputs_stays_dense_and_its_producer_is_walked():
+    def hyper(self, x):
+        x = x * 2 if x.shape[0] > 2 else x
+        return self.b(F.linear(x, self.hyper(x).mean(0).view(6, 4)))
+
+    model = module_with(hyper, hyper=nn.Linear(4, 24))
+    sparse = rwfx.transform(model, num_paths=4, break_even=False, example_inputs=X)
+    assert set(sparse.report.sparse) == {"hyper.weight", "b.weight"}
+    assert any("linear" in note for note in sparse.report.notes)
+    assert_close(sparse(X), model(X), rtol=0, atol=0)
+
+
+def test_a_parametrised_weight_and_its_buffers_are_those_of_the_model():
+    model = module_with(branching)
+    parametrizations.spectral_norm(model.a)
+    parametrizations.weight_norm(model.b)
+    graph = capture(model, X)
+    twin = module_with(branching)
+    parametrizations.spectral_norm(twin.a)
+    parametrizations.weight_norm(twin.b)
+    twin.load_state_dict(model.state_dict())
+    module = torch.fx.GraphModule(graph.host, graph.train)
+    for _ in range(3):
+        assert_close(module(X), twin(X), rtol=0, atol=0)
+    assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0)
+
+
+def test_a_part_without_gradients_or_under_autocast_is_kept_so():
+    def switching(self, x):
+        with torch.no_grad():
+            h = self.a(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = self.a(x) + h
+        return self.b(h.float())
+
+    model, twin = module_with(switching), module_with(switching)
+    twin.load_state_dict(model.state_dict())
+    found = capture(model, X)
+    assert found.route == "torch.export"
+    graph = torch.fx.GraphModule(found.host, found.train)
+    for module in (graph, twin):
+        module(X).square().sum().backward()
+    assert_close(graph(X), twin(X), rtol=0, atol=0)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(p.grad, q.grad, rtol=0, atol=0)
+
+
+def test_a_buffer_that_is_assigned_is_written_and_an_attribute_is_reported():
+    def averaging(self, x):
+        self.last = x = x * 2 if x.shape[0] > 2 else x
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return one(self, x - self.mean)
+
+    model, twin = (module_with(averaging, mean=torch.zeros(4)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    found = capture(model, X)
+    assert torch.equal(model.mean, torch.zeros(4))
+    assert not hasattr(model, "last")
+    assert "last is assigned in the forward pass" in "".join(found.notes)
+    graph = torch.fx.GraphModule(found.host, found.train)
+    for _ in range(3):
+        assert_close(graph(X), twin(X), rtol=0, atol=0)
+    assert_close(model.mean, twin.mean, rtol=0, atol=0)
+
+
+def test_hooks_that_an_exported_graph_cannot_keep_are_reported():
+    model = module_with(branching)
+    seen = []
+    model.a.register_forward_hook(lambda module, inputs, output: seen.append(1) or output * 2)
+    model.b.register_full_backward_hook(lambda *_: seen.append(2))
+    found = capture(model, X)
+    assert {note.partition(";")[0] for note in found.notes} == {"a has forward hooks", "b has backward hooks"}
+    seen.clear()
+    graph = torch.fx.GraphModule(found.host, found.train)
+    assert_close(graph(X), model(X), rtol=0, atol=0)
+    assert seen == [1]  # the model's own
