@@ -7,14 +7,14 @@ feature ``j`` of ``out_proj``.
 from torch import nn
 
 from rwfx.label_products import attend
-from rwfx.label_values import Everywhere, Labels, UnknownShape
+from rwfx.label_values import Everywhere, Labels, operands_of, with_shapes
 
 
-def attention_module(run, module: nn.MultiheadAttention, query, key, value, *_, **__):
+def attention_module(run, module: nn.MultiheadAttention, args, kwargs):
     """The output of the module, and its attention weights, which count as computed from nothing."""
-    inputs = query, key, value
-    if not all(isinstance(x, Labels) for x in inputs):
-        raise UnknownShape(f"{run.node.name} needs the shape of an input")
+    inputs = with_shapes(operands_of(args, kwargs)[:3])
+    if not inputs:
+        return run.anything(type(module).__name__, operands_of(args, kwargs)), Everywhere(-1)
     maps = [run.features_of(x.ids, x.ids.dim() - 1) for x in inputs]
     width = module.embed_dim
     if module.in_proj_weight is not None:
@@ -27,4 +27,4 @@ def attention_module(run, module: nn.MultiheadAttention, query, key, value, *_, 
     q, k, v = (rows.view(module.num_heads, 1, -1) for rows in (q, k, v))
     heads = attend(run, q, k, v)
     out = run.use(module.out_proj.weight, width, heads.reshape(-1))
-    return Labels(out.expand(query.ids.shape)), Everywhere(-1)
+    return Labels(out.expand(inputs[0].ids.shape)), Everywhere(-1)

@@ -12,16 +12,16 @@ added.
 import torch
 from torch import Tensor
 
-from rwfx.label_values import Everywhere, Labels, core, has_rows, operands_of
+from rwfx.label_values import Labels, core, has_rows, operands_of, with_shapes
 
 COEFFICIENTS = 0.5
 
 
 def matmul(run, function, args, kwargs):
     """``a @ b``, of any numbers of dimensions."""
-    operands = operands_of(args, kwargs)
-    if len(operands) != 2 or not _known(operands):
-        return run.anything("matmul", operands)
+    operands = with_shapes(operands_of(args, kwargs))
+    if len(operands) != 2:
+        return run.anything(run.operation, operands_of(args, kwargs))
     a, b = operands
     x = a.ids[None, :] if a.ids.dim() == 1 else a.ids
     y = b.ids[:, None] if b.ids.dim() == 1 else b.ids
@@ -38,9 +38,9 @@ def add_matmul(run, function, args, kwargs):
 
 def attention(run, function, args, kwargs):
     """``softmax(q @ k.transpose(-1, -2)) @ v``, by heads."""
-    operands = operands_of(args, kwargs)
-    if not _known(operands):
-        return run.anything("attention", operands)
+    operands = with_shapes(operands_of(args, kwargs))
+    if not operands:
+        return run.anything(run.operation, operands_of(args, kwargs))
     q, k, v = operands[:3]
     heads = q.ids.shape[-3] if q.ids.dim() > 2 else 1
     keys, values = (_repeated(x.ids, heads) for x in (k, v))
@@ -54,9 +54,9 @@ def attend(run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def einsum(run, function, args, kwargs):
     """``torch.einsum`` of one or two tensors."""
-    equation, operands = args[0].replace(" ", ""), operands_of(args[1:])
-    if "." in equation or "->" not in equation or len(operands) > 2 or not _known(operands):
-        return run.anything("einsum", operands)
+    equation, operands = args[0].replace(" ", ""), with_shapes(operands_of(args[1:]))
+    if "." in equation or "->" not in equation or not 1 <= len(operands) <= 2:
+        return run.anything(run.operation, operands_of(args[1:]))
     terms, out = equation.split("->")
     sides = [
         _as_output(run, x.ids, term, out) for x, term in zip(operands, terms.split(","), strict=True) if has_rows(x)
@@ -73,7 +73,8 @@ def einsum(run, function, args, kwargs):
         [out.index(letter) for letter in term if letter in out and letter not in other]
         for term, other in (terms.split(","), terms.split(",")[::-1])
     ]
-    return Labels(_combined(run, *[side.expand(shape) for side in sides], *own))
+    a, b = (side.expand(shape) for side in sides)
+    return Labels(_combined(run, a, b, *own))
 
 
 def glu(run, function, args, kwargs):
@@ -124,8 +125,3 @@ def _repeated(ids: Tensor, heads: int) -> Tensor:
     """Keys or values of fewer heads than the queries have: each serves several."""
     fewer = ids.dim() > 2 and 1 < ids.shape[-3] < heads
     return ids.repeat_interleave(heads // ids.shape[-3], -3) if fewer else ids
-
-
-def _known(operands) -> bool:
-    """Whether all have a shape."""
-    return not any(isinstance(x, Everywhere) for x in operands)

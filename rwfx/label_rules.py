@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rwfx import label_products as products
-from rwfx.label_values import Everywhere, Extremes, Labels, UnknownShape, core, has_rows, lean, nowhere, operands_of
+from rwfx.label_attention import attention_module
+from rwfx.label_values import (
+    Everywhere,
+    Extremes,
+    Labels,
+    UnknownShape,
+    core,
+    has_rows,
+    lean,
+    nowhere,
+    operands_of,
+    with_shapes,
+)
 
 
 def _elementwise(run, function, args, kwargs):
@@ -38,11 +50,11 @@ def _scaled(run, function, args, kwargs):
     # A smaller operand is added to, or taken times, many places alike: a gate, of which a walk may follow the rows.
     # But where it was computed from what it scales, with no weight between, it is a statistic, and no path.
     operands = operands_of(args, kwargs)
-    if all(isinstance(x, Labels) for x in operands) and len(operands) > 1:
-        shape = torch.broadcast_shapes(*[x.ids.shape for x in operands])
-        full = [x for x in operands if x.ids.shape == shape and has_rows(x)]
+    if shaped := with_shapes(operands):
+        shape = torch.broadcast_shapes(*[x.ids.shape for x in shaped])
+        full = [x for x in shaped if x.ids.shape == shape and has_rows(x)]
         if full:
-            gates = [x for x in operands if x.ids.shape != shape and has_rows(x)]
+            gates = [x for x in shaped if x.ids.shape != shape and has_rows(x)]
             operands = full + [x for x in gates if not _is_statistic(run, x.ids.expand(shape), full[0].ids)]
     return run.meet_operands(operands)
 
@@ -61,10 +73,10 @@ def _where(run, function, args, kwargs):
 
 
 def _structural(run, function, args, kwargs):
-    operands = operands_of(args, kwargs)
-    if all(isinstance(x, Everywhere) for x in operands):
-        return Everywhere(run.any_of(operands))
-    if any(isinstance(x, Everywhere) for x in operands):
+    operands = with_shapes(operands_of(args, kwargs))
+    if not operands and all(isinstance(x, Everywhere) for x in operands_of(args, kwargs)):
+        return Everywhere(run.any_of(operands_of(args, kwargs)))
+    if not operands:
         raise UnknownShape(f"{run.node.name} needs the shape of an input")
 
     def by(*ids: Tensor) -> Any:
@@ -424,6 +436,7 @@ _TABLE: dict[Callable[..., Any], str] = {
     products.attention: "scaled_dot_product_attention",
     products.einsum: "einsum",
     products.glu: "glu",
+    attention_module: "multihead_attention",
 }
 RULES = {name: rule for rule, names in _TABLE.items() for name in names.split()}
 
@@ -438,6 +451,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.GLU: "glu",
     nn.Embedding: "embedding",
     nn.EmbeddingBag: "embedding",
+    nn.MultiheadAttention: "multihead_attention",
 }
 _FILES = {
     "activation": "relu",
@@ -465,7 +479,7 @@ def operation_of(module: nn.Module) -> str:
     if kind in _MODULES:
         return _MODULES[kind]
     package, _, file = kind.__module__.rpartition(".")
-    if package != "torch.nn.modules" or isinstance(module, nn.MultiheadAttention):
+    if package != "torch.nn.modules":
         return kind.__name__
     if file == "pooling":
         return _pooling(kind.__name__)

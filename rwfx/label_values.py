@@ -56,6 +56,12 @@ def operands_of(*trees: Any) -> list[Labels | Everywhere]:
     return [leaf for leaf in tree_flatten(trees)[0] if isinstance(leaf, (Labels, Everywhere))]
 
 
+def with_shapes(operands: list[Labels | Everywhere]) -> list[Labels]:
+    """The operands, where all have a shape; else nothing."""
+    shaped = [x for x in operands if isinstance(x, Labels)]
+    return shaped if len(shaped) == len(operands) else []
+
+
 def has_rows(x: Labels | Everywhere) -> bool:
     """Whether any of its elements comes from a row."""
     return bool((core(x.ids) >= 0).any()) if isinstance(x, Labels) else x.id >= 0

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
 from rwfx.junctions import Register
-from rwfx.label_attention import attention_module
 from rwfx.label_rules import RULES, bare_name, operation_of
 from rwfx.label_values import Everywhere, Labels, UnknownShape, core, nowhere, operands_of
 from rwfx.passes.conv_spellings import TRANSPOSED
@@ -195,10 +194,6 @@ class _LabelRun(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
-        if isinstance(module, nn.MultiheadAttention):
-            return self.apply(
-                "multi_head_attention", lambda *a, **k: attention_module(self, module, *a, **k), args, kwargs
-            )
         return self.apply(operation_of(module), module, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:

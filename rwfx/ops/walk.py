@@ -295,16 +295,17 @@ def row_chances(
         step_PS = (head_P == k)[:, None] * chance_S
         arrivals[head].index_add_(1, ids - stations[head].base, step_PS)
     for s, rows_P in visits:
-        weight, factor = weights[stations[s].weight], factors[s] if factors else None
+        weight, table, factor = weights[stations[s].weight], tables[s], factors[s] if factors else None
         if stations[s].targets:
             places_P = rows_P.clamp(min=0)
             step_PI = _step_chances(weight, places_P, temperature, epsilon, factor, stations[s])
             step_PI *= (rows_P >= 0)[:, None]
             first_P = _first_features(places_P, step_PI.shape[1], stations[s])
-            next_PI: Tensor = tables[s][first_P[:, None] + torch.arange(step_PI.shape[1], device=device)]
+            features_PI = first_P[:, None] + torch.arange(step_PI.shape[1], device=device)
         for target in stations[s].targets:
             base, size = stations[target].base, stations[target].size
-            places_PI = torch.where((next_PI >= base) & (next_PI < base + size), next_PI - base, size)
+            places_I = torch.where((table >= base) & (table < base + size), table - base, size)
+            places_PI = places_I[features_PI]
             arrivals[target] = step_PI.new_zeros(num_paths, size + 1).scatter_add_(1, places_PI, step_PI)[:, :-1]
 
     station_of = {station.weight: s for s, station in enumerate(stations)}
