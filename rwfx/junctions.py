@@ -45,15 +45,14 @@ class Register:
         cores = [core(i) for i in ids]
         shape = torch.broadcast_shapes(*[c.shape for c in cores])
         lines = torch.stack([c.expand(shape).reshape(-1) for c in cores], 1)
-        if len(lines) > MOST_PLACES and len(_canonical(lines).unique(dim=0)) > MOST_PLACES:
+        several_N, sets_JM, set_S = _sets(lines)
+        if len(sets_JM) > MOST_PLACES:
             several = [k for k, c in enumerate(cores) if c.max() != c.min()]
             fewest = min(several, key=lambda k: len(cores[k].unique()))
-            self.notes.append(
-                f"{self.node}: too many pairs of rows meet; walks cross one side of them to any of its rows"
-            )
+            self.notes.append(f"{self.node}: too many pairs of rows meet; walks cross one of them to any row like it")
             spread = torch.where(cores[fewest] < 0, -1, self.any_of(cores[fewest].reshape(-1)))
             return self.meet([*ids[:fewest], spread.expand(ids[fewest].shape), *ids[fewest + 1 :]])
-        return self.gather(lines).reshape(shape).expand(ids[0].shape)
+        return self._joined(lines, several_N, sets_JM, set_S).reshape(shape).expand(ids[0].shape)
 
     def reduce(self, ids: Tensor, dims: list[int]) -> Tensor:
         """The ids where ``dims``, not negative, are pooled into one place each."""
@@ -72,21 +71,21 @@ class Register:
 
     def gather(self, ids_NM: Tensor) -> Tensor:
         """One id for each place ``(N,)`` that the ids ``(N, M)`` lead to: theirs, or that of a new junction."""
+        return self._joined(ids_NM, *_sets(ids_NM))
+
+    def _joined(self, ids_NM: Tensor, several_N: Tensor, sets_JM: Tensor, set_S: Tensor) -> Tensor:
         ids_N = ids_NM.amax(1)
-        several_N = ((ids_NM != ids_N[:, None]) & (ids_NM >= 0)).any(1)
-        if not bool(several_N.any()):
+        if not len(sets_JM):
             return ids_N
-        members_JM, place_S = _canonical(ids_NM[several_N]).unique(dim=0, return_inverse=True)
-        wide_J = (~_repeats(members_JM)).sum(1) > MOST_MEMBERS
-        found_J = torch.empty(len(members_JM), dtype=torch.int64)
+        wide_J = (~_repeats(sets_JM)).sum(1) > MOST_MEMBERS
         if bool(wide_J.any()) and len(wide_J) > 1:
             self.notes.append(f"{self.node}: places that more than {MOST_MEMBERS} rows lead to are one place")
-            found_J[wide_J] = self._junction(members_JM[wide_J].unique()[None])
-            wide_J = ~wide_J
-            found_J[wide_J] = self._junction(members_JM[wide_J])
+            found_J = torch.empty(len(sets_JM), dtype=torch.int64)
+            found_J[wide_J] = self._junction(sets_JM[wide_J].unique()[None])
+            found_J[~wide_J] = self._junction(sets_JM[~wide_J])
         else:
-            found_J = self._junction(members_JM)
-        return ids_N.masked_scatter(several_N, found_J[place_S])
+            found_J = self._junction(sets_JM)
+        return ids_N.masked_scatter(several_N, found_J[set_S])
 
     def choose(self, one: Tensor, other: Tensor, share: float) -> Tensor:
         """The ids, of tensors of one shape, where a walk goes on at ``other`` with the probability ``share``."""
@@ -96,7 +95,7 @@ class Register:
         both_N = (one_N >= 0) & (other_N >= 0) & (one_N != other_N)
         found_N = torch.maximum(one_N, other_N)
         if bool(both_N.any()):
-            members_J2, place_S = torch.stack([one_N[both_N], other_N[both_N]], 1).unique(dim=0, return_inverse=True)
+            members_J2, place_S = _distinct(torch.stack([one_N[both_N], other_N[both_N]], 1))
             ways_J = self._ways[members_J2[:, 0]]
             found = self._junction(members_J2, torch.stack([ways_J * (1 - share), ways_J], 1))
             found_N = found_N.masked_scatter(both_N, found[place_S])
@@ -125,11 +124,35 @@ class Register:
         return base
 
 
-def _canonical(ids_NM: Tensor) -> Tensor:
-    """Equal sets as equal lines: sorted, and of repeats and "no row" one more of the largest id."""
-    sorted_NM = ids_NM.sort(1).values
-    idle_NM = (sorted_NM < 0) | _repeats(sorted_NM)
-    return torch.where(idle_NM, sorted_NM[:, -1:], sorted_NM).sort(1).values
+def _sets(ids_NM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sets of several ids among the lines: which lines are such, ``(N,)``, the distinct ones, and which is where.
+
+    A set is a sorted line, in which repeats and "no row" have become one more of the largest id.
+    """
+    several_N = ((ids_NM != ids_NM.amax(1, keepdim=True)) & (ids_NM >= 0)).any(1)
+    sorted_SM = _sorted(ids_NM[several_N])
+    idle_SM = (sorted_SM < 0) | _repeats(sorted_SM)
+    return several_N, *_distinct(_sorted(torch.where(idle_SM, sorted_SM[:, -1:], sorted_SM)))
+
+
+def _sorted(ids_NM: Tensor) -> Tensor:
+    return torch.stack(torch.aminmax(ids_NM, dim=1), 1) if ids_NM.shape[1] == 2 else ids_NM.sort(1).values
+
+
+def _distinct(lines_NM: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct lines, in the order in which they come, and which of them each line is.
+
+    Lines are told apart by their products with random numbers: ``torch.unique`` compares them one by one, which takes
+    a hundred times as long.
+    """
+    count = lines_NM.shape[1]
+    random_M = torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(0))
+    keys_J, key_N = (lines_NM * random_M).sum(1).unique(return_inverse=True)
+    places_N = torch.arange(len(lines_NM))
+    first_J = torch.full((len(keys_J),), len(lines_NM)).scatter_reduce_(0, key_N, places_N, "amin")
+    order_J = first_J.argsort()
+    rank_J = torch.empty_like(order_J).index_put_((order_J,), torch.arange(len(order_J)))
+    return lines_NM[first_J[order_J]], rank_J[key_N]
 
 
 def _repeats(sorted_NM: Tensor) -> Tensor:
