@@ -19,6 +19,7 @@ from rwfx.passes.normalize import weight_of
 from rwfx.passes.parameters import parameter_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
+from rwfx.passes.sparse_backward import SPARSE
 from rwfx.policies import Densities, Policy, TopK
 from rwfx.report import Line
 from rwfx.sampler import RowSampler
@@ -57,12 +58,16 @@ def lines_of(
             reason = "its density is 1"
         elif isinstance(policy, TopK) and len(uses) > 1:
             reason = f"{len(uses)} calls use it, and TopK would choose other rows in each"
+        elif any(calls[use.node].target not in SPARSE for use in uses):
+            owner = type(captured.host.get_submodule(weight.rpartition(".")[0])).__name__
+            reason = f"a call that has no row-sparse backward uses it (it belongs to {owner})"
         elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
             reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
         else:
             reason = ""
         input_grads = sum(_needs_gradient(gm, calls[use.node].args[0]) for use in uses)
-        num_rows, features = parameter.shape
+        num_rows = uses[0].rows
+        features = parameter.numel() // num_rows if num_rows else 0
         lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason))
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
@@ -156,7 +161,9 @@ def weigh(
         shape = line.rows, line.features, kept[line.weight]
         how = line.sources, grad == "dense", dx == "full", examples if line.leaves_examples else 1.0
         candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how))
-    crossed = sum(gm.get_parameter(name).shape[1] for name in sampler.crossed)
+    crossed = sum(
+        use.kernel * len(use.feature_map) // use.groups for use in graph.uses if use.weight in sampler.crossed
+    )
     paying = model.paying(candidates, model.sampler(sampler.num_paths, crossed))
     alone = {of.weight: model.costs(of, {}) for of in candidates}
     weighed = []
