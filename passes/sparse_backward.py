@@ -36,8 +36,7 @@ def sparse_backward(
     """Give each call on a weight of ``rows`` a backward that computes only its rows.
 
     The outputs are unchanged, bit for bit. ``rows`` names, per weight, the node that is its row set and what else its
-    calls need; a weight that is not in it stays as it is. ``dx`` and ``grad`` are those of ``rwfx.ops.row_linear``; a
-    transposed convolution has dense gradients whatever ``grad`` is.
+    calls need; a weight that is not in it stays as it is. ``dx`` and ``grad`` are those of ``rwfx.ops.row_linear``.
     """
     rewritten = GraphModule(gm, copy.deepcopy(gm.graph))
     graph = rewritten.graph
@@ -53,9 +52,8 @@ def sparse_backward(
             continue
         of = rows[weight]
         drawn = nodes[of.rows]
-        grad_here = "dense" if node.target in TRANSPOSED else grad
-        shared = grad_here == "rows" and sum(weight == other for _, other in calls) > 1
-        arguments = (*on_rows(node, drawn), dx, grad_here)
+        shared = grad == "rows" and sum(weight == other for _, other in calls) > 1
+        arguments = (*on_rows(node, drawn), dx, grad)
         if shared:
             arguments += (None, *[_keep(rewritten, node, k, drawn, kept) for k in (1, 2)])
         with graph.inserting_before(node):
