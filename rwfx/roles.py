@@ -12,13 +12,12 @@ A *vocabulary* is a head as large as an embedding of the model: a row for each w
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from rwfx.label_rules import bare_name, operation_of
-from rwfx.labels import WeightUse
 from rwfx.passes.normalize import CONVOLUTIONS, weight_of
+from rwfx.stations import WeightUse
 from rwfx.weight_graph import WeightGraph
 
 ROLES = ("head", "mlp", "attention")
@@ -124,6 +123,4 @@ def _name(gm: GraphModule, node: Any) -> str:
         return "dropout" if isinstance(module, nn.Dropout) else operation_of(module)
     if node.op not in ("call_function", "call_method"):
         return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.rpartition("::")[2].strip("_")
     return bare_name(node.target)

@@ -15,14 +15,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-<<<<<<< HEAD
 from rwfx.capture import Capture, capture, untouched
 from rwfx.capture.structure import leaves_of, rebuilt
-from rwfx.labels import Junction, WeightUse, follow_rows, leaves
-=======
-from rwfx.capture import Capture, capture, split_inputs, untouched
 from rwfx.labels import follow_rows
->>>>>>> h2-labels
 from rwfx.passes.normalize import normalize
 from rwfx.stations import Junction, WeightUse, leaves
 
