@@ -10,66 +10,37 @@ operations leave the ids where they are; where several ids meet (an addition, a 
 place an id of its own that leads to all of them. ``rwfx.label_rules`` lists the operations.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
-from rwfx.label_rules import RULES, Everywhere, Labels, UnknownShape, bare_name, operands_of, operation_of
-from rwfx.passes.normalize import weight_of
+from rwfx.junctions import Register
+from rwfx.label_attention import attention_module
+from rwfx.label_rules import RULES, bare_name, operation_of
+from rwfx.label_values import Everywhere, Labels, UnknownShape, core, nowhere, operands_of
+from rwfx.passes.conv_spellings import TRANSPOSED
+from rwfx.passes.normalize import CONVOLUTIONS, weight_of
+from rwfx.stations import Junction, Station, WeightUse, leaves
 
-# The leading dimensions of the first weighted call, where no example says: a batch, of sequences, of grids.
+# Where no example says: the leading dimensions of the first linear call (a batch, of sequences, of grids), and how many
+# places a side of the first convolution's input has.
 LEADS = ((2,), (2, 3), (2, 3, 5))
-
-
-@dataclass(frozen=True)
-class WeightUse:
-    """One linear call on a weight; its row ``i`` has the global id ``base + i``."""
-
-    name: str  # the weight's; the second call on the same weight is "fc.weight#2"
-    weight: str  # the parameter, by the first of its names
-    node: str  # the call in the graph
-    base: int
-    rows: int
-    feature_map: Tensor  # (features,) int64: the id that feeds each input feature, -1 for none
-
-    @property
-    def size(self) -> int:
-        """The number of its ids."""
-        return self.rows
-
-
-@dataclass(frozen=True)
-class Junction:
-    """Places that several rows lead to; place ``i`` has the id ``base + i`` and leads to ``members[i]``.
-
-    ``ways[i]`` is the running sum, over the members, of the rows behind each: a draw in proportion to it is
-    uniform over the rows that were added, however the additions were nested.
-    """
-
-    node: str  # the call that added or pooled them
-    base: int
-    members: Tensor  # (size, M) int64 ids; a place with fewer repeats its last one, with no weight
-    ways: Tensor  # (size, M) float64, never falling along M
-
-    @property
-    def size(self) -> int:
-        """The number of its ids."""
-        return len(self.members)
+SIDES = (224, 64, 32, 28, 16, 128, 96, 8)
 
 
 @dataclass(frozen=True)
 class Trail:
     """What a run on labels showed."""
 
-    stations: tuple[WeightUse | Junction, ...]  # in execution order, ids rising
+    stations: tuple[Station, ...]  # in execution order, ids rising
     output_ids: Tensor  # (n,) int64, distinct
-    notes: tuple[str, ...]  # where an operation without a rule was met
+    notes: tuple[str, ...]  # where an operation could only be followed roughly
 
 
 def follow_rows(gm: GraphModule, names: Mapping[int, str], shapes: Mapping[str, torch.Size] | None = None) -> Trail:
@@ -77,40 +48,56 @@ def follow_rows(gm: GraphModule, names: Mapping[int, str], shapes: Mapping[str, 
 
     Args:
         gm: a normalized graph module.    names: the name of each parameter, by ``id``.
-        shapes: the shape of each node's value. Without them the leading dimensions of the first weighted
-            call are guessed (``LEADS``); a guess holds when every later weighted call finds as many
-            features as its weight has.
+        shapes: the shape of each node's value. Without them the leading dimensions of the first linear call
+            and the size of images are guessed (``LEADS``, ``SIDES``); a guess holds when every later weighted call
+            finds as many features as its weight has. Where none holds for a model with convolutions, any row of a
+            convolution may feed what is behind it.
 
     Raises:
         ValueError: no guess holds (the remedy is to give example inputs), or the shapes contradict the graph.
     """
-    failures, trails = [], []
-    for lead in LEADS if shapes is None else LEADS[:1]:
-        try:
-            trails.append(_run(gm, names, shapes, lead))
-        except UnknownShape as error:
-            failures.append(f"with {len(lead) + 1} dimensions, {error}" if shapes is None else str(error))
-    if trails and all(_agree(trails[0], trail) for trail in trails[1:]):
-        return trails[0]
-    if trails:
-        failures = ["inputs with more and with fewer dimensions fit, and differ in what reaches what"]
-    without = "" if shapes is not None else "without the shapes of the inputs "
+    with torch.random.fork_rng(devices=[]):
+        if shapes is not None:
+            try:
+                return _run(gm, names, _Guess(shapes=shapes))[0]
+            except UnknownShape as error:
+                raise ValueError(f"cannot tell which row feeds which input feature ({error}).") from error
+        convolves = any(node.target in CONVOLUTIONS and weight_of(gm, node) is not None for node in gm.graph.nodes)
+        failures: list[str] = []
+        for side in (*SIDES, None) if convolves else (None,):
+            if trail := _guessed(gm, names, side, failures):
+                return trail
     raise ValueError(
-        f"cannot tell which row feeds which input feature {without}({'; '.join(failures)})."
-        + (" Give example_inputs." if shapes is None else "")
+        "cannot tell which row feeds which input feature without the shapes of the inputs "
+        f"({'; '.join(dict.fromkeys(failures))}). Give example_inputs."
     )
 
 
-def leaves(stations: Sequence[WeightUse | Junction], ids: Tensor) -> Tensor:
-    """The ids of weight rows that ``ids`` lead to across junctions; distinct, sorted."""
-    flags = torch.zeros(stations[-1].base + stations[-1].size if stations else 0, dtype=torch.bool)
-    flags[ids[ids >= 0]] = True
-    for s in reversed(stations):
-        if isinstance(s, Junction):
-            here = flags[s.base : s.base + s.size]
-            flags[s.members[here]] = True
-            here.zero_()
-    return flags.nonzero().squeeze(1)
+@dataclass(frozen=True)
+class _Guess:
+    """What is known, or taken to be known, of the shapes."""
+
+    shapes: Mapping[str, torch.Size] | None = None
+    lead: tuple[int, ...] = LEADS[0]
+    side: int | None = None
+
+
+def _guessed(gm: GraphModule, names: Mapping[int, str], side: int | None, failures: list[str]) -> Trail | None:
+    """What all guesses of the leading dimensions that fit come to."""
+    trails = []
+    for lead in LEADS:
+        try:
+            trail, lead_was_guessed = _run(gm, names, _Guess(lead=lead, side=side))
+            trails.append(trail)
+            if not lead_was_guessed:
+                break
+        except UnknownShape as error:
+            failures.append(f"with {len(lead) + 1} dimensions, {error}")
+    if trails and all(_agree(trails[0], trail) for trail in trails[1:]):
+        return trails[0]
+    if trails:
+        failures[:] = ["inputs with more and with fewer dimensions fit, and differ in what reaches what"]
+    return None
 
 
 def _agree(a: Trail, b: Trail) -> bool:
@@ -121,19 +108,18 @@ def _agree(a: Trail, b: Trail) -> bool:
     ) and torch.equal(leaves(a.stations, a.output_ids), leaves(b.stations, b.output_ids))
 
 
-def _run(
-    gm: GraphModule, names: Mapping[int, str], shapes: Mapping[str, torch.Size] | None, lead: tuple[int, ...]
-) -> Trail:
+def _run(gm: GraphModule, names: Mapping[int, str], guess: _Guess) -> tuple[Trail, bool]:
     widths: dict[str, int] = {}
     while True:
-        run = _LabelRun(gm, names, shapes, lead, widths)
+        run = _LabelRun(gm, names, guess, widths)
         try:
             output = run.run()
         except _Width as found:
             widths[found.node] = found.width
             continue
         ids = torch.cat([torch.empty(0).long(), *[run.ids_of(x) for x in operands_of(output)]]).unique()
-        return _pruned(Trail(tuple(run.stations), ids, tuple(run.notes)))
+        trail = Trail(tuple(run.register.stations), ids, tuple(dict.fromkeys(run.register.notes)))
+        return _pruned(trail), run.lead_was_guessed
 
 
 def _pruned(trail: Trail) -> Trail:
@@ -169,40 +155,50 @@ class _Width(Exception):
 
 
 class _LabelRun(fx.Interpreter):
-    def __init__(
-        self,
-        gm: GraphModule,
-        names: Mapping[int, str],
-        shapes: Mapping[str, torch.Size] | None,
-        lead: tuple[int, ...],
-        widths: dict[str, int],
-    ) -> None:
+    """Runs a graph on labels, and is what the rules of the operations work with."""
+
+    def __init__(self, gm: GraphModule, names: Mapping[int, str], guess: _Guess, widths: dict[str, int]) -> None:
         super().__init__(gm)
         self.extra_traceback = False
-        self.gm = gm
-        self.names, self.shapes, self.lead, self.widths = names, shapes or {}, lead, widths
-        self.stations: list[WeightUse | Junction] = []
-        self.notes: list[str] = []
+        self.gm, self.names, self.widths = gm, names, widths
+        self.shapes, self._lead, self.side = guess.shapes or {}, guess.lead, guess.side
+        self.lead_was_guessed = False
+        self.register = Register()
+        self.meet, self.reduce, self.choose = self.register.meet, self.register.reduce, self.register.choose
+        self.share_rows = self.register.share_rows
         self.marks: list[str] = []  # nodes of unknown width that were concatenated
-        self.ways = torch.empty(0, dtype=torch.float64)  # the rows behind each id
+        self.operation = ""  # the bare name of the call
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading dimensions that an input is taken to have."""
+        self.lead_was_guessed = True
+        return self._lead
 
     def run_node(self, n: Node) -> Any:
         self.node = n
+        self.register.node = n.name
         value = super().run_node(n)
-        if isinstance(value, Everywhere) and n.name in self.shapes:
-            return Labels(torch.full(self.shapes[n.name], value.id))
+        if n.name not in self.shapes:
+            return value
+        if isinstance(value, Everywhere):
+            return nowhere(self.shapes[n.name], value.id)
+        if isinstance(value, Labels) and value.ids.shape != self.shapes[n.name]:
+            return Labels(value.ids.expand(self.shapes[n.name]))  # a constant that is no operand was broadcast
         return value
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return Everywhere(-1)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        tensor = self.fetch_attr(target)
-        constant = _constant(tensor)
-        return Labels(torch.tensor(-1).expand(tensor.shape)) if isinstance(constant, Everywhere) else constant
+        return _constant(self.fetch_attr(target))
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
+        if isinstance(module, nn.MultiheadAttention):
+            return self.apply(
+                "multi_head_attention", lambda *a, **k: attention_module(self, module, *a, **k), args, kwargs
+            )
         return self.apply(operation_of(module), module, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -210,19 +206,23 @@ class _LabelRun(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         weight = weight_of(self.gm, self.node)
-        if weight is not None and target is F.linear:
-            return self.weighted(args[0], weight)
-        return self.apply(getattr(target, "__name__", str(target)), target, args, kwargs)
+        if weight is None:
+            return self.apply(_spelled(target), target, args, kwargs)
+        if target is F.linear:
+            return self.linear(args[0], weight)
+        return self.convolution(args[0], weight, target, args[3:])
 
-    def apply(self, operation: str, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
+    def apply(self, spelling: str, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
         """Follow the rule of an operation, found by its name."""
         operands = operands_of(args, kwargs)
-        rule = RULES.get(bare_name(operation))
+        self.operation = bare_name(spelling)
+        rule = RULES.get(self.operation)
         try:
             if not operands:
-                return tree_map(_constant, function(*args, **kwargs)) if function else Everywhere(-1)
+                return _executed(function, args, kwargs) if function else Everywhere(-1)
             if rule:
-                return rule(self, function, args, kwargs)
+                value = rule(self, function, args, kwargs)
+                return _written(args[0], value) if _is_in_place(spelling) else value
         except (_Width, UnknownShape):
             raise
         except Exception as error:
@@ -230,50 +230,102 @@ class _LabelRun(fx.Interpreter):
             if not self.shapes:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise UnknownShape(f"{self.node.name} fails ({reason[0]})") from error
-        return self.anything(operation, operands) if operands else Everywhere(-1)
+        return self.anything(self.operation, operands) if operands else Everywhere(-1)
 
     def anything(self, operation: str, operands: list[Labels | Everywhere]) -> Labels | Everywhere:
         """An operation without a rule: every row that goes in may come out everywhere."""
         spread = self.any_of(operands)
         if spread >= 0:
-            self.notes.append(f"{self.node.name}: {operation} has no label rule; walks cross it to any row before it")
+            self.register.notes.append(
+                f"{self.node.name}: {operation} has no label rule; walks cross it to any row before it"
+            )
         return Everywhere(spread)
 
     def any_of(self, operands: list[Labels | Everywhere]) -> int:
         """One id that leads to every id in the operands."""
-        ids = torch.cat([self.ids_of(x) for x in operands]).unique()
-        return int(self.gather(ids[None])) if len(ids) else -1
+        return self.register.any_of(torch.cat([self.ids_of(x) for x in operands]))
 
     def ids_of(self, x: Labels | Everywhere) -> Tensor:
         """The distinct ids of an operand, without -1."""
-        ids = x.ids.unique() if isinstance(x, Labels) else torch.tensor([x.id])
+        ids = core(x.ids).unique() if isinstance(x, Labels) else torch.tensor([x.id])
         return ids[ids >= 0]
 
-    def weighted(self, x: Labels | Everywhere, weight: Tensor) -> Labels:
+    def meet_operands(self, operands: list[Labels | Everywhere]) -> Labels | Everywhere:
+        """What is added, broadcast to one shape."""
+        if all(isinstance(x, Everywhere) for x in operands):
+            return Everywhere(self.any_of(operands))
+        shape = torch.broadcast_shapes(*[x.ids.shape for x in operands if isinstance(x, Labels)])
+        ids = [
+            x.ids.expand(shape) if isinstance(x, Labels) else torch.tensor(x.id).expand(shape)
+            for x in operands
+            if isinstance(x, Labels) or x.id >= 0
+        ]
+        return Labels(self.meet(ids))
+
+    def shape_of(self, function: Callable[..., Any], args: Any, kwargs: Any) -> torch.Size:
+        """The shape of what an operation gives, or of the first of several."""
+        if self.node.name in self.shapes:
+            return self.shapes[self.node.name]
+        args, kwargs = tree_map(_as_meta, (args, kwargs))
+        value = function(*args, **kwargs)
+        return (value if isinstance(value, Tensor) else value[0]).shape
+
+    def linear(self, x: Labels | Everywhere, weight: Tensor) -> Labels:
         """A linear call: the ids of its input are its feature map, its output has ids of its own."""
         rows, features = weight.shape
-        lead = self.shapes[self.node.name][:-1] if self.shapes else self.lead
         if isinstance(x, Everywhere):
             feature_map = torch.full((features,), x.id)
             self.widths[self.node.all_input_nodes[0].name] = features
+            lead = self.shapes[self.node.name][:-1] if self.shapes else self.lead
         else:
             self.check_width(x.ids, features)
-            feature_map = self.gather(x.ids.reshape(-1, features).t()).clamp(min=-1)
+            feature_map = self.features_of(x.ids, x.ids.dim() - 1)
             lead = x.ids.shape[:-1]
-        base = len(self.ways)
-        name = self.names[id(weight)]
-        calls = 1 + sum(isinstance(s, WeightUse) and s.weight == name for s in self.stations)
-        call = name if calls == 1 else f"{name}#{calls}"
-        self.stations.append(WeightUse(call, name, self.node.name, base, rows, feature_map))
-        self.ways = torch.cat([self.ways, torch.ones(rows, dtype=torch.float64)])
-        return Labels(torch.arange(base, base + rows).expand(*lead, rows))
+        ids = self.use(weight, rows, feature_map)
+        return Labels(ids.expand(*lead, rows))
+
+    def convolution(
+        self, x: Labels | Everywhere, weight: Tensor, target: Callable[..., Any], options: Any
+    ) -> Labels | Everywhere:
+        """The same of a convolution, whose features and rows are channels."""
+        transposed, spatial = target in TRANSPOSED, CONVOLUTIONS[target]
+        groups = options[3]
+        rows, features = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+        rows, features = (rows * groups, features) if transposed else (rows, features * groups)
+        if isinstance(x, Everywhere) and self.side:
+            x = nowhere((self._lead[0], features, *[self.side] * spatial), x.id)
+        if isinstance(x, Everywhere):
+            feature_map = torch.full((features,), x.id)
+        else:
+            channels = x.ids.dim() - spatial - 1
+            if x.ids.shape[channels] != features:
+                raise UnknownShape(f"{self.node.name} takes {features} channels and was given {x.ids.shape[channels]}")
+            feature_map = self.features_of(x.ids, channels)
+        ids = self.use(weight, rows, feature_map, groups, weight.shape[2:].numel(), transposed)
+        if isinstance(x, Everywhere):
+            self.register.notes.append(f"{self.node.name}: its places are not known without example_inputs")
+            return Everywhere(self.register.any_of(ids))
+        try:
+            shape = self.shape_of(target, (x, weight, None, *options), {})
+        except Exception as error:
+            raise UnknownShape(f"{self.node.name} fails ({error})") from error
+        return Labels(ids.view(-1, *[1] * spatial).expand(shape))
+
+    def use(self, weight: Tensor, rows: int, feature_map: Tensor, *layout: Any) -> Tensor:
+        """The ids of the rows of one use of a parameter."""
+        return self.register.use(self.names[id(weight)], rows, feature_map, *layout)
+
+    def features_of(self, ids: Tensor, dim: int) -> Tensor:
+        """The id of each feature: along ``dim`` of an input's labels, pooled over the others."""
+        found = self.reduce(ids, [d for d in range(ids.dim()) if d != dim])
+        return found.reshape(-1).clamp(min=-1)
 
     def widen(self, x: Everywhere, name: str, shape: torch.Size, dim: int) -> Labels:
         """Give a tensor of unknown shape that of its neighbours in a concatenation, but for its width."""
         if name not in self.widths:
             if x.id >= 0:
                 raise UnknownShape(f"{self.node.name} needs the shape of {name}")
-            # A mark in place of "no row", one wide: the next weighted call counts the marks and finds the width.
+            # A mark in place of "no row", one wide: the next linear call counts the marks and finds the width.
             self.marks += [] if name in self.marks else [name]
             x = Everywhere(-2 - self.marks.index(name))
         wide = list(shape)
@@ -293,39 +345,45 @@ class _LabelRun(fx.Interpreter):
                 raise _Width(self.marks[-2 - int(marks[unknown])], width)
         raise UnknownShape(f"{self.node.name} takes {needed} features and was given {ids.shape[-1]}")
 
-    def meet(self, ids: list[Tensor]) -> Tensor:
-        """The ids where tensors of one shape are added."""
-        return self.gather(torch.stack([i.reshape(-1) for i in ids], 1)).reshape(ids[0].shape)
-
-    def gather(self, ids_NM: Tensor) -> Tensor:
-        """One id for each place ``(N,)`` that the ids ``(N, M)`` lead to: theirs, or that of a new junction."""
-        ids_N = ids_NM.amax(1)
-        several_N = ((ids_NM != ids_N[:, None]) & (ids_NM >= 0)).any(1)
-        if not bool(several_N.any()):
-            return ids_N
-        # Repeats and "no row" become one more of the largest id, so that equal sets look equal.
-        sorted_SM = ids_NM[several_N].sort(1).values
-        idle_SM = (sorted_SM < 0) | _repeats(sorted_SM)
-        canonical_SM = torch.where(idle_SM, sorted_SM[:, -1:], sorted_SM).sort(1).values
-        members_JM, place_S = canonical_SM.unique(dim=0, return_inverse=True)
-        most = int((~_repeats(members_JM)).sum(1).max())
-        members_JM = members_JM[:, :most] if most < members_JM.shape[1] else members_JM
-        ways_JM = self.ways[members_JM].masked_fill(_repeats(members_JM), 0).cumsum(1)
-        base = len(self.ways)
-        self.stations.append(Junction(self.node.name, base, members_JM, ways_JM))
-        self.ways = torch.cat([self.ways, ways_JM[:, -1]])
-        return ids_N.masked_scatter(several_N, base + place_S)
-
-
-def _repeats(sorted_NM: Tensor) -> Tensor:
-    """Where an entry equals its left neighbour."""
-    repeats = torch.zeros_like(sorted_NM, dtype=torch.bool)
-    repeats[:, 1:] = sorted_NM[:, 1:] == sorted_NM[:, :-1]
-    return repeats
-
 
 def _constant(value: Any) -> Any:
     """A value that no row has part in: whole numbers stay (they may be indices), floats are "no row"."""
-    if isinstance(value, Tensor):
-        return Everywhere(-1) if value.is_floating_point() or value.is_complex() else value.clone()
-    return value
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point() or value.is_complex() or value.is_meta:
+        return nowhere(value.shape)
+    return value.detach().cpu().clone()
+
+
+def _executed(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A call on constants."""
+    on_cpu = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
+    return tree_map(_constant, function(*args, **on_cpu))
+
+
+def _as_meta(value: Any) -> Any:
+    if isinstance(value, Labels):
+        return torch.empty(value.ids.shape, device="meta")
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _spelled(target: Any) -> str:
+    """The name that a function was called by; of an ATen operator without its overload."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.rpartition("::")[2]
+    return getattr(target, "__name__", str(target))
+
+
+def _is_in_place(spelling: str) -> bool:
+    if spelling.startswith("_"):
+        return False
+    augmented = spelling.startswith("i") and spelling not in RULES and spelling[1:] in RULES  # operator.iadd
+    return spelling.endswith("_") or spelling == "setitem" or augmented
+
+
+def _written(x: Any, value: Any) -> Any:
+    """What a call in place gives: the tensor it has written to."""
+    if not isinstance(x, Labels) or not isinstance(value, (Labels, Everywhere)):
+        return value
+    x.write(value.ids if isinstance(value, Labels) else torch.tensor(value.id))
+    return x

@@ -5,11 +5,13 @@ output weight and steps towards the input: at row ``i`` it draws an input featur
 
     p(j | i) ~ |W[i, j]| ** (1 / temperature)        (with probability epsilon uniformly instead)
 
-and goes on at the row that produces feature ``j``; where several rows are added there, at one of them, each
-with the same probability; where none is, it ends.
+(in a convolution a row is an output channel, ``|W[i, j]|`` is summed over the kernel, and ``j`` is one of the channels
+of the row's group) and goes on at the row that produces feature ``j``; where several rows are added there, at one of
+them, each with the same probability; where none is, it ends.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def random_walks(
         seed: equal seeds give equal walks.
 
     Returns:
-        ``(num_paths, len(graph.uses))`` int64: the row at which each walk passes each linear call, in
+        ``(num_paths, len(graph.uses))`` int64: the row at which each walk passes each call on a weight, in
         execution order; -1 where it does not pass.
     """
     names = list(graph.names)
@@ -68,7 +70,9 @@ def stations_of(graph: WeightGraph, names: Sequence[str]) -> tuple[tuple[Station
         targets = graph.station_of(graph.sources(number)).unique().tolist()
         ends = -1 in targets
         crossed = names.index(s.weight) if isinstance(s, WeightUse) else -1
-        stations.append(Station(crossed, s.base, s.size, tuple(t for t in targets if t >= 0), ends))
+        station = Station(crossed, s.base, s.size, tuple(t for t in targets if t >= 0), ends)
+        laid_out = isinstance(s, WeightUse)
+        stations.append(replace(station, groups=s.groups, transposed=s.transposed) if laid_out else station)
         # The bits of the float64 ways in an int64: a table that is moved to bfloat16 with its model stays as it is.
         junction = isinstance(s, Junction)
         tables.append(torch.stack([s.members, s.ways.view(torch.int64)]) if junction else s.feature_map)

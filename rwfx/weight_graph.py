@@ -17,8 +17,9 @@ from torch.fx import GraphModule
 
 from rwfx.capture import Capture, capture, untouched
 from rwfx.capture.structure import leaves_of, rebuilt
-from rwfx.labels import Junction, WeightUse, follow_rows, leaves
+from rwfx.labels import follow_rows
 from rwfx.passes.normalize import normalize
+from rwfx.stations import Junction, WeightUse, leaves
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class WeightGraph:
 
     @property
     def uses(self) -> tuple[WeightUse, ...]:
-        """The linear calls, in execution order; a weight called twice has two."""
+        """The calls on weights, in execution order; a weight called twice has two."""
         return tuple(s for s in self.stations if isinstance(s, WeightUse))
 
     @cached_property
@@ -130,7 +131,7 @@ def weight_graph(model: nn.Module, example_inputs: Any = None) -> WeightGraph:
             needed only where the model reshapes in a way that depends on the shape of its inputs.
 
     Raises:
-        ValueError: the model cannot be traced, has no linear weight, or needs example inputs.
+        ValueError: the model cannot be traced, has no weight with rows, or needs example inputs.
     """
     captured = capture(model, example_inputs)
     gm = normalize(GraphModule(captured.host, captured.train))
@@ -150,10 +151,12 @@ def graph_of(gm: GraphModule, captured: Capture, shapes: Mapping[str, torch.Size
 
     graph = WeightGraph(trail.stations, {}, {}, trail.notes)
     if not graph.uses:
-        raise ValueError("the model has no linear weight: no nn.Linear, F.linear or x @ weight.t() on a parameter.")
+        raise ValueError(
+            "the model has no weight with rows: no nn.Linear, F.linear, x @ weight.t() or convolution on a parameter."
+        )
     ids = graph.leaves(trail.output_ids)
     if not len(ids):
-        raise ValueError("no row of a linear weight reaches an output of the model, so no walk can start.")
+        raise ValueError("no row of a weight reaches an output of the model, so no walk can start.")
     station = graph.station_of(ids)
     heads = {int(s): ids[station == s] for s in station.unique()}
     weights = dict.fromkeys(use.weight for use in graph.uses)

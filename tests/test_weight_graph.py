@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from zoo import ZOO, Heads, Residual, Sequence, Twice, make
 
 import rwfx
-from rwfx.labels import Junction
+from rwfx.stations import Junction
 
 
 def maps(model, **options):
@@ -227,9 +227,9 @@ def test_perturbing_a_row_changes_the_features_that_the_graph_says(kind):
     assert moved > 0 or len(graph.uses) == 1
 
 
-def test_a_model_without_a_linear_weight_is_refused():
-    with pytest.raises(ValueError, match="no linear weight"):
-        rwfx.weight_graph(nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU()))
+def test_a_model_without_a_weight_with_rows_is_refused():
+    with pytest.raises(ValueError, match="no weight with rows"):
+        rwfx.weight_graph(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()))
 
 
 def test_a_model_whose_rows_reach_no_output_is_refused():
@@ -242,7 +242,7 @@ def test_a_model_whose_rows_reach_no_output_is_refused():
             self.a(x)
             return x
 
-    with pytest.raises(ValueError, match="no row of a linear weight reaches an output"):
+    with pytest.raises(ValueError, match="no row of a weight reaches an output"):
         rwfx.weight_graph(Model())
 
 

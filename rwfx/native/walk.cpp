@@ -29,6 +29,8 @@ constexpr int64_t BLOCK = 64;  // numbers of a row that are summed together
 struct Station {
   int64_t weight, base, size;
   bool ends;
+  int64_t groups;
+  bool transposed;
   std::vector<int64_t> targets;
 };
 
@@ -40,8 +42,8 @@ std::vector<Station> unpack(at::IntArrayRef layout) {
   std::vector<Station> stations;
   for (size_t at = 0; at < layout.size();) {
     const int64_t* p = layout.data() + at;
-    stations.push_back({p[0], p[1], p[2], p[3] != 0, std::vector<int64_t>(p + 5, p + 5 + p[4])});
-    at += 5 + p[4];
+    stations.push_back({p[0], p[1], p[2], p[3] != 0, p[4], p[5] != 0, std::vector<int64_t>(p + 7, p + 7 + p[6])});
+    at += 7 + p[6];
   }
   return stations;
 }
@@ -202,16 +204,94 @@ class Sums {
 };
 
 // A weight of a dtype that rows are read in; integers and complex numbers count by their absolute value.
-Tensor readable(const Tensor& weight) {
+Tensor of_real(const Tensor& weight) {
   const at::ScalarType dtype = weight.scalar_type();
   const bool real = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
-  return real ? weight.contiguous() : at::abs(weight).to(at::kDouble).contiguous();
+  return real ? weight : at::abs(weight).to(at::kDouble);
+}
+
+// The rows of a station's weight, read where they lie: of the usual memory formats nothing is copied.
+template <typename scalar_t>
+class Rows {
+ public:
+  using real = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+  Rows(const Tensor& weight, const Station& station)
+      : weight_(weight.dim() > 2 ? weight.flatten(2) : weight.unsqueeze(2)),
+        w_(weight_.const_data_ptr<scalar_t>()),
+        rows_of_group_(station.size / station.groups),
+        width_(station.transposed ? weight.size(0) / station.groups : weight.size(1)),
+        kernel_(weight_.size(2)),
+        feature_stride_(weight_.stride(station.transposed ? 0 : 1)),
+        row_stride_(weight_.stride(station.transposed ? 1 : 0)),
+        group_stride_(station.transposed ? width_ * feature_stride_ : rows_of_group_ * row_stride_) {}
+
+  // How many features a row reads, and the first of them.
+  int64_t width() const {
+    return width_;
+  }
+
+  int64_t first_feature(int64_t row) const {
+    return row / rows_of_group_ * width_;
+  }
+
+  // Whether a row's sizes are its numbers, one beside the other.
+  bool plain() const {
+    return kernel_ == 1 && feature_stride_ == 1;
+  }
+
+  const scalar_t* at(int64_t row) const {
+    return w_ + row / rows_of_group_ * group_stride_ + row % rows_of_group_ * row_stride_;
+  }
+
+  // For each feature the sum of |w| over the kernel.
+  void sum_kernel(int64_t row, std::vector<real>& out) const {
+    const scalar_t* w = at(row);
+    const int64_t stride = weight_.stride(2);
+    out.assign(width_, 0);
+    if (feature_stride_ == 1) {  // channels last
+      for (int64_t k = 0; k < kernel_; ++k) {
+        for (int64_t i = 0; i < width_; ++i) {
+          out[i] += std::abs(static_cast<real>(w[k * stride + i]));
+        }
+      }
+      return;
+    }
+    for (int64_t i = 0; i < width_; ++i) {
+      for (int64_t k = 0; k < kernel_; ++k) {
+        out[i] += std::abs(static_cast<real>(w[i * feature_stride_ + k * stride]));
+      }
+    }
+  }
+
+ private:
+  const Tensor weight_;
+  const scalar_t* w_;
+  int64_t rows_of_group_, width_, kernel_, feature_stride_, row_stride_, group_stride_;
+};
+
+// Call `use` with the sizes of a row.
+template <typename scalar_t, bool weighted, typename Use>
+void with_row(
+    const Rows<scalar_t>& rows,
+    int64_t row,
+    const double* factors,
+    double temperature,
+    std::vector<typename Rows<scalar_t>::real>& spare,
+    const Use& use) {
+  const double* own = factors ? factors + rows.first_feature(row) : nullptr;
+  if (rows.plain()) {
+    use(Row<scalar_t, weighted>(rows.at(row), own, rows.width(), temperature));
+  } else {
+    rows.sum_kernel(row, spare);
+    use(Row<typename Rows<scalar_t>::real, weighted>(spare.data(), own, rows.width(), temperature));
+  }
 }
 
 // Give every walker, ordered by row, its next feature.
 template <typename scalar_t, bool weighted>
 void draw_features(
-    const Tensor& weight,
+    const Rows<scalar_t>& rows,
     const double* factors,
     const std::vector<Walker>& walkers,
     int64_t base,
@@ -220,21 +300,22 @@ void draw_features(
     double epsilon,
     const Uniform& uniform,
     std::vector<int64_t>& features) {
-  const int64_t width = weight.size(1), count = static_cast<int64_t>(walkers.size());
-  const scalar_t* w = weight.const_data_ptr<scalar_t>();
+  const int64_t width = rows.width(), count = static_cast<int64_t>(walkers.size());
   at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
     std::vector<double> block_sums;
+    std::vector<typename Rows<scalar_t>::real> spare;
     for (int64_t k = begin; k < end;) {
-      const int64_t id = walkers[k].id;
-      const Row<scalar_t, weighted> row(w + (id - base) * width, factors, width, temperature);
-      const Sums sums(row, block_sums);
-      const bool drawable = sums.drawable();
-      for (; k < end && walkers[k].id == id; ++k) {
-        const uint64_t walk = walkers[k].walk;
-        const double u = uniform(2 * station, walk);
-        const bool by_weight = drawable && (epsilon == 0 || uniform(2 * station + 1, walk) >= epsilon);
-        features[k] = by_weight ? sums.draw(u) : static_cast<int64_t>(u * width);
-      }
+      const int64_t id = walkers[k].id, first = rows.first_feature(id - base);
+      with_row<scalar_t, weighted>(rows, id - base, factors, temperature, spare, [&](const auto& row) {
+        const Sums sums(row, block_sums);
+        const bool drawable = sums.drawable();
+        for (; k < end && walkers[k].id == id; ++k) {
+          const uint64_t walk = walkers[k].walk;
+          const double u = uniform(2 * station, walk);
+          const bool by_weight = drawable && (epsilon == 0 || uniform(2 * station + 1, walk) >= epsilon);
+          features[k] = first + (by_weight ? sums.draw(u) : static_cast<int64_t>(u * width));
+        }
+      });
     }
   });
 }
@@ -264,37 +345,39 @@ class Chances {
   template <typename scalar_t, bool weighted>
   void step(
       const Station& from,
-      const Tensor& weight,
+      const Rows<scalar_t>& rows,
       const double* factors,
       const int64_t* table,
       const std::vector<Walker>& walkers,
       double temperature,
       double epsilon) {
-    const int64_t width = weight.size(1);
-    const scalar_t* w = weight.const_data_ptr<scalar_t>();
+    const int64_t width = rows.width();
     int64_t low = std::numeric_limits<int64_t>::max(), high = 0;
     for (const int64_t target : from.targets) {
       low = std::min(low, stations_[target].base);
       high = std::max(high, stations_[target].base + stations_[target].size);
     }
-    bool in_order = high - low == width;  // feature j leads to row j: the usual table
+    bool in_order = from.groups == 1 && high - low == width;  // feature j leads to row j: the usual table
     for (int64_t j = 0; in_order && j < width; ++j) {
       in_order = table[j] == low + j;
     }
     feature_.resize(width);
+    std::vector<typename Rows<scalar_t>::real> spare;
     for (size_t k = 0; k < walkers.size();) {
       const int64_t id = walkers[k].id;
       int64_t walks = 0;
       for (; k < walkers.size() && walkers[k].id == id; ++k) {
         ++walks;
       }
-      Row<scalar_t, weighted>(w + (id - from.base) * width, factors, width, temperature)
-          .chances(epsilon, feature_.data());
+      with_row<scalar_t, weighted>(rows, id - from.base, factors, temperature, spare, [&](const auto& row) {
+        row.chances(epsilon, feature_.data());
+      });
       if (!in_order) {
+        const int64_t* next = table + rows.first_feature(id - from.base);
         step_.assign(high - low, 0);
         for (int64_t j = 0; j < width; ++j) {
-          if (table[j] >= 0) {
-            step_[table[j] - low] += feature_[j];
+          if (next[j] >= 0) {
+            step_[next[j] - low] += feature_[j];
           }
         }
       }
@@ -531,7 +614,8 @@ void check_shapes(
       "there are ", factors.size(), " factors for ", stations.size(), " stations: give one for each, or none.");
   for (size_t s = 0; s < factors.size(); ++s) {
     if (stations[s].weight >= 0 && !stations[s].targets.empty()) {
-      const int64_t features = weights[stations[s].weight].size(1);
+      const Tensor& weight = weights[stations[s].weight];
+      const int64_t features = stations[s].transposed ? weight.size(0) : weight.size(1) * stations[s].groups;
       TORCH_CHECK_VALUE(
           factors[s].dim() == 1 && factors[s].size(0) == features,
           "factors[", s, "] has the shape ", factors[s].sizes(), ", the weight there has ", features,
@@ -606,12 +690,17 @@ std::vector<Tensor> walk(
     std::optional<at::TensorList> start_weights_given,
     const std::optional<Tensor>& budget,
     bool unbiased) {
-  std::vector<int64_t> sizes, kept_at(weights.size(), -1);
+  const std::vector<Station> stations = unpack(layout);
+  std::vector<int64_t> rows_of(weights.size()), sizes, kept_at(weights.size(), -1);
+  for (const Station& s : stations) {
+    if (s.weight >= 0) {
+      rows_of[s.weight] = s.size;
+    }
+  }
   for (size_t k = 0; k < kept.size(); ++k) {
-    sizes.push_back(weights[kept[k]].size(0));
+    sizes.push_back(rows_of[kept[k]]);
     kept_at[kept[k]] = static_cast<int64_t>(k);
   }
-  const std::vector<Station> stations = unpack(layout);
   const at::TensorList factors = factors_given.value_or(at::TensorList());
   const at::TensorList start_weights = start_weights_given.value_or(at::TensorList());
   check_shapes(stations, weights, starts, factors, start_weights);
@@ -690,15 +779,16 @@ std::vector<Tensor> walk(
       continue;  // every walk ends here: what feature it would leave by is of no use
     }
     features.resize(walkers.size());
-    const Tensor weight = readable(weights[station.weight]);
+    const Tensor weight = of_real(weights[station.weight]);
     const int64_t* table = tables[s].const_data_ptr<int64_t>();
     const Tensor own_factors = factors.empty() ? Tensor() : factors[s].to(at::kDouble).contiguous();
     RWFX_DISPATCH(weight.scalar_type(), "rwfx::walk", [&] {
       const auto draw = [&](auto weighted, const double* f) {
         constexpr bool W = decltype(weighted)::value;
-        draw_features<scalar_t, W>(weight, f, walkers, station.base, s, temperature, epsilon, uniform, features);
+        const Rows<scalar_t> rows(weight, station);
+        draw_features<scalar_t, W>(rows, f, walkers, station.base, s, temperature, epsilon, uniform, features);
         if (chances) {
-          chances->step<scalar_t, W>(station, weight, f, table, walkers, temperature, epsilon);
+          chances->step<scalar_t, W>(station, rows, f, table, walkers, temperature, epsilon);
         }
       };
       if (own_factors.defined()) {

@@ -57,7 +57,8 @@ def walk_from_loss(
     above = Station(len(weights), base, num_examples, (head,), False)
     ids = torch.arange(base, base + num_examples, device=g.device)
     units = torch.arange(stations[head].base, stations[head].base + stations[head].size, device=g.device)
-    sizes = sum(len(weights[k]) for k in kept_weights) + num_examples
+    rows_of = {station.weight: station.size for station in stations}
+    sizes = sum(rows_of[k] for k in kept_weights) + num_examples
     *rows, examples, _ = torch.ops.rwfx.walk.default(
         [*weights, size_BO],
         [*kept_weights, len(weights)],

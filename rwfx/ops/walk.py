@@ -36,6 +36,8 @@ class Station:
     size: int  # number of its ids
     targets: tuple[int, ...]  # the stations that its table points to
     ends: bool  # whether its table also has -1, the end of a walk
+    groups: int = 1  # of a convolution: row i reads the features of group i // (size / groups) alone
+    transposed: bool = False  # whether the weight is (features, rows / groups, *kernel)
 
 
 torch.library.define(
@@ -73,10 +75,12 @@ def walk(
 
         p(j | i) ~ |W[i, j]| ** (1 / temperature) * factors[s][j]    (with probability epsilon uniformly instead)
 
-    and uniformly where these numbers are all zero or not all finite.
+    and uniformly where these numbers are all zero or not all finite. Of a convolution ``|W[i, j]|`` is summed over the
+    kernel, and ``j`` is drawn among the features of the row's group.
 
     Args:
-        weights: ``(O, I)`` each, one per weight on the way of the walks.
+        weights: ``(O, I)`` each, or ``(O, I / groups, *kernel)``, or as its station says transposed; one per weight on
+            the way of the walks.
         kept: the positions in ``weights`` of those whose row sets are asked for.
         tables: per station, int64: ``(I,)`` ids or, at a junction, ``(2, ids, members)``: the members' ids, and the
             bits of the float64 running sum of their weights of choice.
@@ -114,8 +118,8 @@ def walk(
             stations are no tree of weight uses (``is_tree``), where a set's size or age is not left to this step's
             walks, or where a head can be left without a row.
     """
-    sizes = tuple(weights[k].shape[0] for k in kept)
     stations = unpack_stations(tuple(layout))
+    sizes = _rows_of(stations, kept)
     factors, start_weights = factors or (), start_weights or ()
     _check_shapes(stations, weights, starts, factors, start_weights)
     if budget is not None:
@@ -130,7 +134,7 @@ def walk(
     graph = stations, weights, tables, heads, starts
     rule = num_paths, temperature, epsilon, key, factors, start_weights
     visits = list(sweep(*graph, *rule))
-    first_R = first_walks(visits, stations, weights, kept, num_paths)
+    first_R = first_walks(visits, stations, kept, num_paths)
     streams = range(2 * len(stations) + len(heads), 2 * len(stations) + len(heads) + len(kept))
     if not exactly:
         rows, next_ = _visited(first_R, sizes, num_paths, min_rows, key, streams)
@@ -150,6 +154,16 @@ def walk(
     return [*[part - first for part, first in zip(rows, accumulate(sizes, initial=0), strict=False)][:-1], next_]
 
 
+def _rows_of(stations: Sequence[Station], kept: Sequence[int]) -> tuple[int, ...]:
+    """How many rows each kept weight has."""
+    sizes = {station.weight: station.size for station in stations}
+    return tuple(sizes[k] for k in kept)
+
+
+def _features_of(weight: Tensor, station: Station) -> int:
+    return weight.shape[0] if station.transposed else weight.shape[1] * station.groups
+
+
 def _check_shapes(
     stations: Sequence[Station],
     weights: Sequence[Tensor],
@@ -161,7 +175,7 @@ def _check_shapes(
         raise ValueError(f"there are {len(factors)} factors for {len(stations)} stations: give one for each, or none.")
     for s, (factor, station) in enumerate(zip(factors, stations, strict=False)):
         if station.weight >= 0 and station.targets:
-            features = weights[station.weight].shape[1]
+            features = _features_of(weights[station.weight], station)
             if factor.shape != (features,):
                 raise ValueError(
                     f"factors[{s}] has the shape {tuple(factor.shape)}, the weight there has {features} features: "
@@ -233,7 +247,6 @@ def is_tree(stations: Sequence[Station], heads: Sequence[int]) -> bool:
 def first_walks(
     visits: Sequence[tuple[int, Tensor]],
     stations: Sequence[Station],
-    weights: Sequence[Tensor],
     kept: Sequence[int],
     num_paths: int,
 ) -> Tensor:
@@ -241,7 +254,7 @@ def first_walks(
 
     ``visits`` are those of ``sweep``.
     """
-    sizes = [weights[k].shape[0] for k in kept]
+    sizes = _rows_of(stations, kept)
     first_row = dict(zip(kept, accumulate(sizes, initial=0), strict=False))
     device = visits[0][1].device
     walks_P = torch.arange(num_paths, device=device)
@@ -282,19 +295,22 @@ def row_chances(
         step_PS = (head_P == k)[:, None] * chance_S
         arrivals[head].index_add_(1, ids - stations[head].base, step_PS)
     for s, rows_P in visits:
-        weight, table, factor = weights[stations[s].weight], tables[s], factors[s] if factors else None
+        weight, factor = weights[stations[s].weight], factors[s] if factors else None
         if stations[s].targets:
-            step_PI = _step_chances(weight, rows_P.clamp(min=0), temperature, epsilon, factor)
+            places_P = rows_P.clamp(min=0)
+            step_PI = _step_chances(weight, places_P, temperature, epsilon, factor, stations[s])
             step_PI *= (rows_P >= 0)[:, None]
+            first_P = _first_features(places_P, step_PI.shape[1], stations[s])
+            next_PI: Tensor = tables[s][first_P[:, None] + torch.arange(step_PI.shape[1], device=device)]
         for target in stations[s].targets:
             base, size = stations[target].base, stations[target].size
-            places_I = torch.where((table >= base) & (table < base + size), table - base, size)
-            arrivals[target] = step_PI.new_zeros(num_paths, size + 1).index_add_(1, places_I, step_PI)[:, :-1]
+            places_PI = torch.where((next_PI >= base) & (next_PI < base + size), next_PI - base, size)
+            arrivals[target] = step_PI.new_zeros(num_paths, size + 1).scatter_add_(1, places_PI, step_PI)[:, :-1]
 
     station_of = {station.weight: s for s, station in enumerate(stations)}
     chances = []
     for k in kept:
-        size = weights[k].shape[0]
+        size = stations[station_of[k]].size
         step_PO = arrivals[station_of[k]]
         # 1 - prod (1 - p), without its cancellation; rounding can carry a sum of probabilities above 1.
         visited_O = -torch.expm1(torch.log1p(-step_PO.clamp(max=1)).sum(0))
@@ -374,12 +390,12 @@ def _(
     def row_set(size):
         # What new_dynamic_size() does, but for its refusal unless the user has set
         # torch._dynamo.config.capture_dynamic_output_shape_ops: a plain torch.compile(model) would be cut in two here.
-        # A symbolic size happens only where an operator test makes every size symbolic.
-        bounds = (min(at_least, size), size) if isinstance(size, int) else ()
-        return last.new_empty((allocate_size(torch.library.get_ctx()._shape_env, *bounds),))
+        return last.new_empty((allocate_size(torch.library.get_ctx()._shape_env, min(at_least, size), size),))
 
     fixed = exactly if budget is None else []
-    sets = [last.new_empty((k,)) for k in fixed] or [row_set(weights[k].shape[0]) for k in kept]
+    sets = [last.new_empty((k,)) for k in fixed] or [
+        row_set(size) for size in _rows_of(unpack_stations(tuple(layout)), kept)
+    ]
     scales = [rows.new_empty(rows.shape, dtype=torch.float32) for rows in sets] if unbiased else []
     return [*sets, *scales, torch.empty_like(last)]
 
@@ -421,7 +437,8 @@ def sweep(
             if not station.targets:
                 continue
             weight, factor = weights[station.weight], factors[s] if factors else None
-            next_P = table[draw_features(weight, places_P, temperature, epsilon, u[2 * s], u[2 * s + 1], factor)]
+            numbers = u[2 * s], u[2 * s + 1]
+            next_P = table[draw_features(weight, places_P, temperature, epsilon, *numbers, factor, station)]
         else:
             next_P = _draw_member(table, places_P, u[2 * s])
         ids_P = torch.where(here_P, next_P, ids_P)
@@ -459,8 +476,9 @@ def draw_features(
     u_P: Tensor,
     v_P: Tensor,
     factor_I: Tensor | None = None,
+    station: Station | None = None,
 ) -> Tensor:
-    """Draw one input feature ``j`` for each row ``i``.
+    """Draw one input feature ``j`` for each row ``i``; ``station``: how the weight is laid out, where not ``(O, I)``.
 
         p(j | i) ~ |weight[i, j]| ** (1 / temperature) * factor[j]
 
@@ -468,41 +486,76 @@ def draw_features(
     products are all zero or not finite. ``u`` and ``v`` are uniform float64 numbers from 0 to below 1. Returns ``(P,)``
     int64.
     """
-    size_PI = _step_sizes(weight, rows_P, temperature, factor_I)
+    size_PI = _step_sizes(weight, rows_P, temperature, factor_I, station)
+    width = size_PI.shape[1]
     sum_PI = size_PI.cumsum(1, dtype=torch.float64)
     total_P1 = sum_PI[:, -1:]
     # With right=True a feature of weight zero, whose sum is its neighbour's, is stepped over.
     features_P = torch.searchsorted(sum_PI, u_P[:, None] * total_P1, right=True).squeeze(1)
-    features_P = features_P.clamp(max=weight.shape[1] - 1)  # rounding can carry u * total to the total
+    features_P = features_P.clamp(max=width - 1)  # rounding can carry u * total to the total
     by_weight_P = _drawable(total_P1.squeeze(1), size_PI.dtype)
     if epsilon > 0:
         by_weight_P &= v_P >= epsilon
-    return torch.where(by_weight_P, features_P, _uniform_choice(weight.shape[1], u_P))
+    features_P = torch.where(by_weight_P, features_P, _uniform_choice(width, u_P))
+    return features_P + _first_features(rows_P, width, station)
 
 
 def _step_chances(
-    weight: Tensor, rows_P: Tensor, temperature: float, epsilon: float, factor_I: Tensor | None
+    weight: Tensor,
+    rows_P: Tensor,
+    temperature: float,
+    epsilon: float,
+    factor_I: Tensor | None,
+    station: Station | None = None,
 ) -> Tensor:
-    """The probability of each feature under ``draw_features``, ``(P, I)`` float64."""
-    size_PI = _step_sizes(weight, rows_P, temperature, factor_I)
+    """The probability of each feature of a row's group under ``draw_features``, ``(P, I)`` float64."""
+    size_PI = _step_sizes(weight, rows_P, temperature, factor_I, station)
     total_P1 = size_PI.sum(1, keepdim=True, dtype=torch.float64)
-    by_weight_PI = torch.where(_drawable(total_P1, size_PI.dtype), size_PI / total_P1, 1 / weight.shape[1])
-    return (1 - epsilon) * by_weight_PI + epsilon / weight.shape[1]
+    by_weight_PI = torch.where(_drawable(total_P1, size_PI.dtype), size_PI / total_P1, 1 / size_PI.shape[1])
+    return (1 - epsilon) * by_weight_PI + epsilon / size_PI.shape[1]
 
 
-def _step_sizes(weight: Tensor, rows_P: Tensor, temperature: float, factor_I: Tensor | None) -> Tensor:
-    """``|weight[i, j]| ** (1 / temperature) * factor[j]`` for each row ``i``, up to a number per row: ``(P, I)``."""
-    size_PI = weight.detach().index_select(0, rows_P).abs()
+def _step_sizes(
+    weight: Tensor, rows_P: Tensor, temperature: float, factor_I: Tensor | None, station: Station | None
+) -> Tensor:
+    """``|weight[i, j]| ** (1 / temperature) * factor[j]`` for each row ``i``, up to a number per row.
+
+    ``(P, I)``, with the features of the row's group.
+    """
+    size_PI = _read_rows(weight.detach(), rows_P, station).abs()
     if size_PI.dtype in (torch.float16, torch.bfloat16):
         size_PI = size_PI.float()
     elif not size_PI.is_floating_point():
         size_PI = size_PI.double()
+    if size_PI.dim() > 2:
+        size_PI = size_PI.flatten(2).sum(2)
     if factor_I is not None:
         size_PI = size_PI.double()  # a product of two small float32 numbers would be zero
     if temperature != 1.0:
         # Divided by the row's largest first: the power of a large weight would overflow.
         size_PI = (size_PI / size_PI.amax(1, keepdim=True)) ** (1 / temperature)
-    return size_PI if factor_I is None else size_PI * factor_I.detach()
+    if factor_I is None:
+        return size_PI
+    if station is None or station.groups == 1:
+        return size_PI * factor_I.detach()
+    first_P = _first_features(rows_P, size_PI.shape[1], station)
+    return size_PI * factor_I.detach().view(station.groups, -1)[first_P // size_PI.shape[1]]
+
+
+def _read_rows(weight: Tensor, rows_P: Tensor, station: Station | None) -> Tensor:
+    """The numbers of each row: ``(P, I, *kernel)``, with the features of its group."""
+    if station is None or not station.transposed:
+        return weight.index_select(0, rows_P)
+    # (groups, features and rows of a group, *kernel)
+    weight = weight.unflatten(0, (station.groups, -1))
+    return weight[rows_P // weight.shape[2], :, rows_P % weight.shape[2]]
+
+
+def _first_features(rows_P: Tensor, width: int, station: Station | None) -> Tensor:
+    """The first feature of each row's group, of groups of ``width`` features."""
+    if station is None or station.groups == 1:
+        return torch.zeros_like(rows_P)
+    return rows_P // (station.size // station.groups) * width
 
 
 def _drawable(total: Tensor, dtype: torch.dtype) -> Tensor:
@@ -556,7 +609,7 @@ def pack_stations(stations: tuple[Station, ...]) -> list[int]:
     """The stations as the flat list of integers that an operator's argument can be."""
     packed = []
     for s in stations:
-        packed += [s.weight, s.base, s.size, int(s.ends), len(s.targets), *s.targets]
+        packed += [s.weight, s.base, s.size, int(s.ends), s.groups, int(s.transposed), len(s.targets), *s.targets]
     return packed
 
 
@@ -565,8 +618,8 @@ def unpack_stations(layout: tuple[int, ...]) -> tuple[Station, ...]:
     """The inverse of ``pack_stations``."""
     stations, at = [], 0
     while at < len(layout):
-        weight, base, size, ends, num_targets = layout[at : at + 5]
-        targets = layout[at + 5 : at + 5 + num_targets]
-        stations.append(Station(weight, base, size, targets, bool(ends)))
-        at += 5 + num_targets
+        weight, base, size, ends, groups, transposed, num_targets = layout[at : at + 7]
+        targets = layout[at + 7 : at + 7 + num_targets]
+        stations.append(Station(weight, base, size, targets, bool(ends), groups, bool(transposed)))
+        at += 7 + num_targets
     return tuple(stations)
