@@ -13,13 +13,14 @@ whose input needs a gradient):
               + 2 B O I * flop                    + B I * pass_
     sparse   =  2 B K I * flop  +  B K * gather   + K I * update  +  call
               + 2 B K C * flop  +  K C * gather   + B C * pass_
-A convolution is such a call on the B places of its output, ``(O, I)`` its weight with the kernel in I. It reads its
-input, of N numbers, once for each gradient, and of that input's gradient all columns are read:
+A convolution is such a call on the B places of its output, ``(O, I)`` its weight with the kernel in I. Of its input's
+gradient all columns are read, and with G groups its kernel goes over ``B I G`` numbers whatever K is. Not counted is
+what takes the same in both, to write the input's gradient:
 
     dense    =  2 B O I * flop                    + O I * update
-              + 2 B O I * flop                    + N * pass_
-    sparse   =  2 B K I * flop  +  B K * gather   + K I * update  +  N * conv  +  call
-              + 2 B K I * flop  +  K I * gather   + N * (pass_ + conv)
+              + 2 B O I * flop
+    sparse   =  2 B K I * flop  +  B K * gather   + K I * update  +  B I G * conv  +  call
+              + 2 B K I * flop  +  K I * gather                   +  B I G * conv
 
 With ``grad="dense"`` every row is updated, ``O I * update``, and filled with zeros before, ``O I * pass_``; with
 ``dx="full"`` the second line is the dense one. A step also draws the rows:
@@ -55,7 +56,7 @@ class Candidate:
     dense_grad: bool = False  # whether gradients are filled up with zeros, and the optimizer updates every row
     full_dx: bool = False  # whether the input's gradient is that of all rows
     examples: float = 1.0  # the share of the batch that takes part in the backward, whether row-sparse or not
-    inputs: int = 0  # the numbers of the input of one call, if it is a convolution
+    groups: int = 0  # of a convolution; 0: it is used by linear calls
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class CostModel:
         pass_: a number of an activation's gradient that is written, and read again.
         read: a number of a row that a walk reads.
         call: what a row-sparse call takes more than a dense one, whatever its size.
-        conv: a number of a convolution's input in each product of its row-sparse backward. A kernel that is given few
-            rows takes that much more than its multiply-adds.
+        conv: a number that a convolution's kernel goes over in each product of its row-sparse backward, beside the
+            multiply-adds: with few rows that is most of the time.
     """
 
     batch_size: int = 128
@@ -97,7 +98,7 @@ class CostModel:
     pass_: float = 4e-10
     read: float = 1.5e-10
     call: float = 4e-5
-    conv: float = 2.5e-9
+    conv: float = 2.5e-10
 
     def __post_init__(self) -> None:
         check_number("batch_size", self.batch_size, Integral, 1)
@@ -112,18 +113,19 @@ class CostModel:
         forward = of.calls * of.rows * product
         batch, product = batch * of.examples, product * of.examples
         dense = of.calls * of.rows * product + of.rows * of.features * self.update
-        inputs = of.examples * of.inputs or batch * of.features  # the numbers of the input
-        dense += of.input_grads * (of.rows * product + inputs * self.pass_)
+        written = 0 if of.groups else batch * of.features * self.pass_  # the input's gradient
+        dense += of.input_grads * (of.rows * product + written)
         sparse = of.calls * (of.kept * product + batch * of.kept * self.gather + self.call)
-        sparse += (of.calls + of.input_grads) * of.examples * of.inputs * self.conv
+        of_dx = 0 if of.full_dx else of.input_grads
+        sparse += (of.calls + of_dx) * batch * of.features * of.groups * self.conv
         updated = of.rows if of.dense_grad else of.kept
         sparse += updated * of.features * self.update + of.dense_grad * of.rows * of.features * self.pass_
         if of.full_dx:
-            full = of.rows * product + inputs * self.pass_
+            full = of.rows * product + written
             return Costs(forward, dense, sparse + of.input_grads * full)
         confined = [kept[source] for source in of.sources if source in kept]
-        if of.inputs:
-            every = of.kept * product + of.kept * of.features * self.gather + inputs * self.pass_
+        if of.groups:
+            every = of.kept * product + of.kept * of.features * self.gather
             return Costs(forward, dense, sparse + of.input_grads * every)
         for columns in [*confined, *[of.features] * (of.input_grads - len(confined))]:
             sparse += columns * (of.kept * (2 * batch * self.flop + self.gather) + batch * self.pass_)
@@ -177,8 +179,10 @@ class CostModel:
         g, rows, products = torch.randn_like(image), torch.arange(0, 64, 8), [True, True, False]
         options = None, None, one, one, one, False, [0, 0], 1, False, "values", products
         conv = _seconds(lambda: torch.ops.rwfx.row_conv_backward.default(g, image, kernel, rows, *options)) - call
-        conv = conv / 2 - 2 * (g.numel() // 64) * len(rows) * kernel[0].numel() * flop
-        return cls(batch_size, flop, update, gather, pass_, read, call, max(0.0, conv / image.numel()))
+        over = g.numel() // 64 * kernel[0].numel()  # the numbers that the kernel goes over
+        return cls(
+            batch_size, flop, update, gather, pass_, read, call, max(0.0, conv / 2 / over - 2 * len(rows) * flop)
+        )
 
 
 def _seconds(call: Callable[[], object], repeats: int = 50) -> float:

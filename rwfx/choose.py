@@ -199,8 +199,8 @@ def weigh(
         batch = max(_batch(use, calls[use.node], shapes) for use in uses) if shapes else model.batch_size
         shape = line.rows, line.features, kept[line.weight]
         how = line.sources, grad == "dense", dx == "full", examples if line.leaves_examples else 1.0
-        inputs = max(_inputs(calls[use.node], shapes) for use in uses) if shapes else 0
-        candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how, inputs))
+        groups = uses[0].groups if calls[uses[0].node].target in CONVOLUTIONS else 0
+        candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how, groups))
     crossed = sum(
         use.kernel * len(use.feature_map) // use.groups for use in graph.uses if use.weight in sampler.crossed
     )
@@ -233,12 +233,6 @@ def _batch(use: WeightUse, call: Node, shapes: Mapping[str, torch.Size]) -> int:
     """How many places of all examples it multiplies its weight with."""
     at: Any = call.args[0] if use.transposed else call
     return shapes[at.name].numel() // (len(use.feature_map) if use.transposed else use.rows)
-
-
-def _inputs(call: Node, shapes: Mapping[str, torch.Size]) -> int:
-    """The numbers of a convolution's input; 0 of a linear call."""
-    x: Any = call.args[0]
-    return shapes[x.name].numel() if call.target in CONVOLUTIONS else 0
 
 
 def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:

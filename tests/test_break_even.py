@@ -1,6 +1,7 @@
 """The prediction of what a row-sparse backward costs, and what ``transform`` does with it."""
 
 import copy
+import dataclasses
 import pickle
 import warnings
 from itertools import pairwise
@@ -51,6 +52,18 @@ def test_costs_are_those_worked_out_by_hand():
     sparse_twice = 2 * (140 + 1400 + 100_000) + 100 + input_part(4) + input_part(5)
     assert model.costs(twice, {"v": 4}) == Costs(420, dense_twice, sparse_twice)
     assert model.sampler(num_paths=3, features=20) == 100_000 + 3 * 20 * 10_000
+
+
+def test_costs_of_a_convolution_are_those_worked_out_by_hand():
+    model = CostModel(1, flop=1, update=10, gather=100, pass_=1000, read=10_000, call=100_000, conv=1_000_000)
+    of = Candidate("w", rows=3, features=5, kept=2, calls=1, input_grads=1, batch_size=7, groups=4)
+    weight_part = 2 * 7 * 2 * 5 + 7 * 2 * 100 + 2 * 5 * 10 + 7 * 5 * 4 * 1_000_000 + 100_000
+    input_part = 2 * 7 * 2 * 5 + 2 * 5 * 100 + 7 * 5 * 4 * 1_000_000
+    assert model.costs(of, {}) == Costs(210, 210 + 150 + 210, weight_part + input_part)
+    full = dataclasses.replace(of, full_dx=True)
+    assert model.costs(full, {}) == Costs(210, 210 + 150 + 210, weight_part + 210)
+    first = dataclasses.replace(of, input_grads=0)
+    assert model.costs(first, {}) == Costs(210, 210 + 150, weight_part)
 
 
 def test_the_share_of_the_limit_is_the_speed_over_that_with_a_free_backward():

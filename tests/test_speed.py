@@ -18,7 +18,7 @@ from rwfx.experiments.speed import building, memory, sampler, steps, turns
 from rwfx.experiments.speed.building import Build
 from rwfx.experiments.speed.contenders import build, contenders
 from rwfx.experiments.speed.memory import Memory
-from rwfx.experiments.speed.plan import PARTS, SIZES, Draws, Plan, Size, Thin, read_parts, read_size
+from rwfx.experiments.speed.plan import PARTS, SIZES, Draws, Images, Plan, Size, Thin, read_parts, read_size
 from rwfx.experiments.speed.run import run
 from rwfx.experiments.speed.sampler import Timing
 from rwfx.experiments.speed.steps import Turn
@@ -82,7 +82,9 @@ def test_another_spelling_of_a_size_is_an_error_with_an_example(text):
 def test_parts_are_taken_in_their_own_order():
     assert read_parts("build,steps") == ("steps", "build")
     assert read_parts(",".join(PARTS)) == tuple(PARTS)
-    with pytest.raises(ValueError, match="the parts are steps, examples, memory, sampler, build; given 'stepps'"):
+    with pytest.raises(
+        ValueError, match="the parts are steps, examples, convolutions, memory, sampler, build; given 'stepps'"
+    ):
         read_parts("memory,stepps")
 
 
@@ -393,10 +395,14 @@ def test_a_failure_in_a_fresh_process_is_told_with_its_last_line():
 @pytest.mark.skipif(not memory.PROC.exists(), reason="the part memory reads /proc")
 def test_every_part_is_measured_and_written_with_the_conditions(tmp_path, capsys):
     thin = (Thin((8, 6, 6, 3), 5, 0.4, 0.5),)
-    text = run(plan(tmp_path, sizes=(SMALL,), thin=thin, dtype=torch.bfloat16), progress=False)
+    images = (Images("small", (4, 6), 2, 8, 3, 0.5),)
+    text = run(plan(tmp_path, sizes=(SMALL,), thin=thin, images=images, dtype=torch.bfloat16), progress=False)
+    found = {(one["contender"], one["channels"]) for one in lines_of(tmp_path / "convolutions.csv")}
+    assert found == {(kind, where) for kind in ("forward", "dense", "sparse") for where in ("first", "last")}
     found = {(one["contender"], one["examples"], one["rows"]) for one in lines_of(tmp_path / "examples.csv")}
     assert found == {(kind, "0.4", "0.5") for kind in ("forward", "dense", "thin")}
-    names = ["build.csv", "examples.csv", "memory.csv", "sampler.csv", "sampler.png", "speed.md", "steps.csv"]
+    names = ["build.csv", "convolutions.csv", "examples.csv", "memory.csv", "sampler.csv", "sampler.png", "speed.md"]
+    names.append("steps.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     document = (tmp_path / "speed.md").read_text()
     assert text in document
@@ -431,7 +437,10 @@ def test_a_measurement_that_ends_early_leaves_the_parts_that_are_done(tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "steps,memry"], "the parts are steps, examples, memory, sampler, build; given 'memry'"),
+        (
+            ["--only", "steps,memry"],
+            "the parts are steps, examples, convolutions, memory, sampler, build; given 'memry'",
+        ),
         (["--sizes", "784"], "a size is WIDTHS@BATCH:PATHS"),
         (["--sizes", "8-4@8:5", "8-4@8:6"], "a size is there twice: 8-4@8"),
         (["--rounds", "0"], "rounds must be at least 1; given 0"),

@@ -7,15 +7,15 @@ becomes a condition on the shapes of later inputs. The graph calls ATen operator
 import io
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config as symbolic_shapes
+from torch.export import ExportedProgram
 
+from rwfx.capture.freedom import FREEDOMS, Freedom, after, granting, shapes_for
 from rwfx.capture.host import Constants, attributes_of, lost_of, scratch_copy, set_mode, shared_copy
 from rwfx.capture.inputs import ExampleInputs
 from rwfx.capture.rebuild import rebuild
@@ -38,30 +38,31 @@ def capture(model: nn.Module, inputs: ExampleInputs | None) -> Graphs:
             "example_inputs, a tuple or a dict of arguments of the forward pass."
         )
     signature = Signature(model, inputs)
-    scratch = scratch_copy(model)
-    for module in scratch.modules():
-        module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
-    before = attributes_of(scratch)
     host = shared_copy(model)
     constants = Constants(host)
-    failures: dict[bool, Exception] = {}
+    failures: dict[bool, _Failed] = {}
     graphs, notes = {}, []
+    freedom = FREEDOMS[0]
     for mode in (True, False):
-        set_mode(scratch, mode)
         try:
-            program, outputs, more = _export(scratch, signature)
-            graphs[mode] = rebuild(program, signature, outputs, host, constants)
-        except CaptureError:
-            raise
-        except Exception as error:
-            failures[mode] = error
+            program, output, freedom, more = _export(model, mode, signature, freedom)
+        except _Failed as failed:
+            failures[mode] = failed
         else:
+            graphs[mode] = rebuild(program, signature, output, host, constants)
             notes += [note for note in more if note not in notes]
     if failures:
-        raise CaptureError(_explain(failures, scratch)) from next(iter(failures.values()))
+        raise CaptureError(_explain(failures))
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         notes.append("gradient checkpointing inside of the forward pass is not kept: its activations stay in memory")
-    return Graphs(host, graphs[True], graphs[False], (*notes, *lost_of(model, scratch, before, keeps_leaves=False)))
+    return Graphs(host, graphs[True], graphs[False], tuple(notes))
+
+
+class _Failed(Exception):
+    """An export that failed: why, and where in the model."""
+
+    def __init__(self, error: Exception, place: str) -> None:
+        super().__init__(f"{place}: {first_lines(error, 1)}")
 
 
 class _OnLeaves(nn.Module):
@@ -102,39 +103,46 @@ class _Seen:
     output: Any = None
 
 
-# From the freest: with sizes 0 and 1 like any other; with sizes from 2 on; of the example's shapes alone.
-FREEDOMS = ({"backed_size_oblivious": True}, {"backed_size_oblivious": False}, None)
+def _export(
+    model: nn.Module, mode: bool, signature: Signature, freedom: Freedom
+) -> tuple[ExportedProgram, Any, Freedom, list[str]]:
+    """The program, an example of its outputs, the freedom that could be granted, and notes.
 
-
-def _export(scratch: nn.Module, signature: Signature) -> tuple[ExportedProgram, Any, list[str]]:
-    """The program, an example of its outputs, and notes."""
-    first: Exception | None = None
-    for freedom in FREEDOMS:
+    Raises:
+        CaptureError: the model does what no graph holds.
+        _Failed: ``torch.export`` cannot follow it.
+    """
+    name = type(model).__name__
+    drawn = CaptureError(
+        f"{name} draws random numbers in Python (random.random, numpy.random) in its forward pass: what they decide "
+        "would be frozen into the graph. Draw them as tensors (torch.rand_like(x)), or switch off what draws them "
+        "(layerdrop=0 in a configuration)."
+    )
+    failed: _Failed | None = None
+    left = FREEDOMS[FREEDOMS.index(freedom) :]
+    while left:
+        freedom = left[0]
+        # The forward pass may assign to its modules, also where it fails halfway.
+        scratch = scratch_copy(model)
+        set_mode(scratch, mode)
+        for module in scratch.modules():
+            module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
+        before = attributes_of(scratch)
         root = _OnLeaves(scratch, signature)
-        shapes = None if freedom is None else (tuple((Dim.AUTO,) * x.dim() for x in signature.tensors),)
-        drawn = CaptureError(
-            f"{type(scratch).__name__} draws random numbers in Python (random.random, numpy.random) in its forward "
-            "pass: what they decide would be frozen into the graph. Draw them as tensors (torch.rand_like(x)), or "
-            "switch off what draws them (layerdrop=0 in a configuration)."
-        )
+        shapes = shapes_for(freedom, signature.tensors)
         try:
-            with undrawn(drawn), torch.enable_grad(), _shapes_as(freedom or {}), _quiet():
+            with undrawn(drawn), torch.enable_grad(), granting(freedom), _quiet():
                 program = torch.export.export(root, signature.tensors, dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise
         except Exception as error:
-            first = first or error
+            failed = failed or _Failed(error, place_of(error, scratch))
+            left = after(freedom, error)
             continue
-        notes = []
-        if freedom is None and first is not None:
-            notes.append(f"the graph holds for the shapes of example_inputs alone: {first_lines(first, 1)}")
-        return program, root.seen.output, notes
-    assert first is not None
-    raise first
-
-
-def _shapes_as(options: dict[str, bool]) -> AbstractContextManager[None]:
-    return symbolic_shapes.patch(options)  # type: ignore[attr-defined]  a module that torch makes callable
+        notes = [f"{freedom.note} ({failed})"] if freedom.note and failed else []
+        return program, root.seen.output, freedom, [*notes, *lost_of(model, scratch, before, keeps_leaves=False)]
+    assert failed is not None
+    raise failed
 
 
 @contextmanager
@@ -152,13 +160,10 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _explain(failures: dict[bool, Exception], scratch: nn.Module) -> str:
-    mode, error = next(iter(failures.items()))
-    alone = len(failures) == 1
-    where = place_of(error, scratch)
-    word = "train" if mode else "eval"
-    text = f"torch.export fails in {word} mode in {where}: {first_lines(error, 1)}\n"
-    if alone and mode:
+def _explain(failures: Mapping[bool, _Failed]) -> str:
+    mode, failed = next(iter(failures.items()))
+    text = f"torch.export fails in {'train' if mode else 'eval'} mode in {failed}\n"
+    if mode and len(failures) == 1:
         return text + (
             "In eval mode it does not: what happens in training alone are branches on random numbers (layerdrop, "
             "stochastic depth, masks drawn for augmentation). Switch that off in the model's configuration "

@@ -5,6 +5,7 @@
 """
 
 import ast
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,7 +69,9 @@ def _is_implied(part: ast.expr, given: Sequence[fx.Node], program: ExportedProgr
 
 def _value_of(tree: ast.expr, scope: Mapping[str, Any]) -> Any:
     expression = ast.fix_missing_locations(ast.Expression(_AsArithmetic().visit(tree)))
-    return eval(compile(expression, "<condition>", "eval"), {"torch": torch, "_not": operator.not_, **scope})
+    return eval(
+        compile(expression, "<condition>", "eval"), {"torch": torch, "math": math, "_not": operator.not_, **scope}
+    )
 
 
 def _limits(program: ExportedProgram) -> Mapping[Any, ValueRanges[Any]]:

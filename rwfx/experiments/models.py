@@ -45,6 +45,37 @@ def cnn(channels: Sequence[int], side: int, classes: int, seed: int) -> nn.Seque
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * left * left, classes))
 
 
+def residual_cnn(channels: Sequence[int], blocks: int, classes: int, seed: int) -> nn.Module:
+    """Make a residual network of convolutions, ``(B, 3, side, side)`` to ``(B, classes)``.
+
+    There are ``blocks`` blocks of each number of ``channels``, and each number but the first halves the sides. With
+    ``(64, 128, 256, 512)`` and 2 it is the ResNet-18 of K. He et al., "Deep Residual Learning for Image Recognition",
+    CVPR 2016, with the stem that is used on images of 32 x 32: one convolution, 3 x 3.
+    """
+    with _seeded(seed):
+        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0])]
+        layers.append(nn.ReLU())
+        for k, (inputs, outputs) in enumerate(pairwise((channels[0], *channels))):
+            layers.append(_Residual(inputs, outputs, 2 if k else 1))
+            layers += [_Residual(outputs, outputs, 1) for _ in range(blocks - 1)]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(outputs) for _ in range(2)])
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inputs != outputs:
+            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False)).append(nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norms[0](self.first(x)))
+        return torch.relu(self.norms[1](self.second(h)) + self.shortcut(x))
+
+
 def sentence_transformer(words: int, length: int, width: int, heads: int, blocks: int, seed: int) -> nn.Module:
     """Make a transformer that tells two classes of sentences: ``(B, length)`` int64, 0 being blank, to ``(B, 2)``."""
     with _seeded(seed):

@@ -15,6 +15,7 @@ import torch
 PARTS = {
     "steps": "Step times",
     "examples": "Steps that leave out examples as well as rows",
+    "convolutions": "Steps of convolutions",
     "memory": "Memory",
     "sampler": "The row sampler by itself",
     "build": "Building and compiling",
@@ -62,6 +63,22 @@ THIN = (
 )
 """What the part *examples* measures."""
 
+
+@dataclass(frozen=True)
+class Images:
+    """A residual network of convolutions, and the share of the rows that its steps keep."""
+
+    name: str
+    channels: tuple[int, ...]
+    blocks: int
+    side: int
+    batch_size: int
+    density: float
+
+
+IMAGES = (Images("ResNet-18", (64, 128, 256, 512), 2, 32, 64, 0.1),)
+"""What the part *convolutions* measures."""
+
 SIZES = {
     "cpu": (
         Size((784, 256, 128, 10), 128, (10, 50, 200)),
@@ -100,6 +117,7 @@ class Plan:
     parts: tuple[str, ...] = tuple(PARTS)
     sizes: tuple[Size, ...] = SIZES["cpu"]
     thin: tuple[Thin, ...] = THIN
+    images: tuple[Images, ...] = IMAGES
     rounds: int = 20
     compiled: bool = True
     """Whether what goes through ``torch.compile`` is measured too."""
