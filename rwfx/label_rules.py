@@ -422,9 +422,9 @@ _TABLE: dict[Callable[..., Any], str] = {
     _topk: "topk",
     _copied: "copy",
     _written: "setitem index_put",
-    _none: """zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli argmax argmin
-        argsort one_hot zero fill""",
-    _end: "embedding nonzero bincount",
+    _none: """zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli
+        argsort zero fill""",
+    _end: "embedding one_hot argmax argmin nonzero bincount",
     _new: "new_zeros new_ones new_full new_empty new_tensor",
     _size: "size sym_size",
     _numel: "numel sym_numel",
