@@ -67,7 +67,8 @@ def _padding(
 
 
 def _module(target: Any, gm: GraphModule, node: Node) -> Call | None:
-    module, given = gm.get_submodule(str(node.target)), operands_of(node, input=None)
+    module: Any = gm.get_submodule(str(node.target))
+    given = operands_of(node, input=None)
     kind, methods = MODULES[target]
     if given is None or not is_plain(module, kind, methods):
         return None

@@ -14,8 +14,7 @@ from torch.fx import GraphModule, Node
 
 from rwfx.capture import untouched
 from rwfx.label_rules import bare_name, operation_of
-from rwfx.passes.conv_spellings import CONVOLUTIONS, TRANSPOSED
-from rwfx.passes.normalize import weight_of
+from rwfx.passes.normalize import CONVOLUTIONS, weight_of
 from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
 
 MARK = "follows_examples"  # of a call, in its ``meta``
@@ -27,7 +26,8 @@ ENTRIES = "has_an_entry_for_each_example"  # of what is given out
 WITHIN = POINTWISE | frozenset(
     name
     for names in (
-        "linear layer_norm rms_norm group_norm instance_norm batch_norm conv1d conv2d conv3d max_pool1d max_pool2d",
+        "linear layer_norm rms_norm group_norm instance_norm batch_norm conv1d conv2d conv3d",
+        "conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d",
         "avg_pool1d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d embedding size",
         "Conv1d Conv2d Conv3d MaxPool1d MaxPool2d AvgPool1d AvgPool2d AdaptiveAvgPool1d AdaptiveAvgPool2d",
         "AdaptiveMaxPool2d Embedding",
@@ -46,9 +46,7 @@ def follow_examples(gm: GraphModule, inputs: tuple[Any, ...] | None) -> tuple[Gr
     followed. Also returns a note for every call that is not marked.
     """
     marked = GraphModule(gm, copy.deepcopy(gm.graph))
-    calls = [
-        node for node in marked.graph.nodes if weight_of(marked, node) is not None and node.target not in TRANSPOSED
-    ]
+    calls = [node for node in marked.graph.nodes if weight_of(marked, node) is not None]
     placeholders = [node for node in marked.graph.nodes if node.op == "placeholder"]
     values: tuple[Any, ...] = inputs or (None,) * len(placeholders)
     batches = [(node, x) for node, x in zip(placeholders, values, strict=True) if inputs is None or _is_batch(x)]
@@ -136,7 +134,7 @@ def _is_within(gm: GraphModule, node: Node, known: Collection[str]) -> bool:
         # The last one may be the first.
         return all(isinstance(d, int) and (d > 0 or (d == -1 and _has_features(gm, from_examples[0]))) for d in dims)
     if name == "pad":  # the padding of a convolution ends before the examples
-        pad = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
+        pad: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
         return all(2 * CONVOLUTIONS.get(user.target, 0) >= len(pad) for user in node.users)
     if name in POINTWISE:
         return not any(_adds_dimensions(gm, n) for n in node.all_input_nodes)

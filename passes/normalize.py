@@ -63,6 +63,13 @@ def weight_of(gm: GraphModule, node: Node) -> nn.Parameter | None:
     return weight if weight is not None and weight.dim() == 2 + WEIGHTED[node.target] else None
 
 
+def num_rows(gm: GraphModule, node: Node) -> int:
+    """How many rows the weight of a normalized call has."""
+    weight = weight_of(gm, node)
+    assert weight is not None
+    return weight.shape[1] * node.args[6] if node.target in TRANSPOSED else weight.shape[0]  # type: ignore[operator]
+
+
 def _meaning(gm: GraphModule, node: Node) -> Call | None:
     """The normalized call that a node is, if it is one on a parameter."""
     if node.op == "call_module":

@@ -1,7 +1,7 @@
 """Give weighted calls a backward pass that is confined to a row set."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -9,20 +9,26 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
-from rwfx.passes.normalize import weight_of
+from rwfx.passes.conv_spellings import TRANSPOSED
+from rwfx.passes.normalize import CONVOLUTIONS, weight_of
 from rwfx.passes.parameters import parameter_of
 from rwfx.passes.sample_rows import RowNodes
 
 # Which operator computes the backward of a call on rows alone, and which masks a dense one. The two tables are
 # the list of what can be sparse: to support one more call is to write its operators and add its line.
-SPARSE: dict[Callable[..., Any], torch._ops.OpOverload] = {F.linear: torch.ops.rwfx.row_linear.default}
-MASKED: dict[Callable[..., Any], torch._ops.OpOverload] = {F.linear: torch.ops.rwfx.masked_linear.default}
+Rules = Mapping[Any, torch._ops.OpOverload]
+SPARSE: Rules = {F.linear: torch.ops.rwfx.row_linear.default} | dict.fromkeys(
+    CONVOLUTIONS, torch.ops.rwfx.row_conv.default
+)
+MASKED: Rules = {F.linear: torch.ops.rwfx.masked_linear.default} | dict.fromkeys(
+    CONVOLUTIONS, torch.ops.rwfx.masked_conv.default
+)
 
 
 def sparse_backward(
     gm: GraphModule,
     rows: Mapping[str, RowNodes],
-    rules: Mapping[Callable[..., Any], torch._ops.OpOverload] = SPARSE,
+    rules: Rules = SPARSE,
     *,
     dx: Literal["rows", "full"] = "rows",
     grad: Literal["dense", "rows"] = "dense",
@@ -47,7 +53,7 @@ def sparse_backward(
         of = rows[weight]
         drawn = nodes[of.rows]
         shared = grad == "rows" and sum(weight == other for _, other in calls) > 1
-        arguments = (*node.args, drawn, dx, grad)
+        arguments = (*on_rows(node, drawn), dx, grad)
         if shared:
             arguments += (None, *[_keep(rewritten, node, k, drawn, kept) for k in (1, 2)])
         with graph.inserting_before(node):
@@ -63,6 +69,18 @@ def sparse_backward(
     graph.lint()
     rewritten.recompile()
     return rewritten
+
+
+def on_rows(call: Node, rows: Node) -> tuple[Any, ...]:
+    """What the operators of the tables take, up to ``dx``: a normalized call's operands, a row set, the options."""
+    options: list[Any]
+    x, weight, bias, *options = (*call.args, *[None] * (3 - len(call.args)))
+    if call.target in TRANSPOSED:
+        stride, padding, output_padding, groups, dilation = options
+        options = [stride, padding, dilation, groups, True, output_padding]
+    elif call.target in CONVOLUTIONS:
+        options += [False, None]
+    return x, weight, bias, rows, *options
 
 
 def _keep(gm: GraphModule, call: Node, operand: int, rows: Node, kept: dict[Any, Node]) -> Node | None:

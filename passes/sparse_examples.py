@@ -13,25 +13,23 @@ from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import AdaptiveExamples, SampledExamples
 from rwfx.label_rules import bare_name
 from rwfx.loss_walk import LossWalkSampler
-from rwfx.passes.conv_spellings import CONVOLUTIONS
 from rwfx.passes.follow_examples import BATCH, ENTRIES, MARK
-from rwfx.passes.normalize import weight_of
+from rwfx.passes.normalize import num_rows
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import SAMPLER
+from rwfx.passes.sparse_backward import SPARSE, on_rows
 from rwfx.sampler import RowSampler
 
 EXAMPLES = "example_sampler"  # the name of the submodule
-CONV = ops.rwfx.example_conv.default
-OPTIONS = "stride", "padding", "dilation", "groups"
 PICK = ops.rwfx.pick_examples.default
 PICK_BY_WALKS = ops.rwfx.pick_by_walks.default
 
 
 def sparse_examples(gm: GraphModule, sampler: ExampleSampler, row_sampler: RowSampler) -> GraphModule:
-    """Let the outputs choose the examples of a step, and the linear calls that follow the examples compute with these
-    alone.
+    """Let the outputs choose the examples of a step, and the weighted calls that follow the examples compute with
+    these alone.
 
-    ``gm`` may have row-sparse calls; other linear calls become such with a set of all their rows. Which ones follow
+    ``gm`` may have row-sparse calls; other weighted calls become such with a set of all their rows. Which ones follow
     the examples ``follow_examples`` has marked. The outputs are unchanged, bit for bit. The gradients are those of a
     network in which, behind each of these calls and behind the outputs, the gradient of a dropped example is zero.
     """
@@ -53,22 +51,16 @@ def sparse_examples(gm: GraphModule, sampler: ExampleSampler, row_sampler: RowSa
     for node in list(graph.nodes):
         if not node.meta.get(MARK):
             continue
-        if node.target is ROW_LINEAR:
+        if node.target in SPARSE.values():
             node.kwargs = {**node.kwargs, **told}
             calls.add(node)
-        elif node.target in CONVOLUTIONS:
+        else:
+            count = num_rows(confined, node)
+            sampler.add_rows(count)
             with graph.inserting_before(node):
-                operands, options = node.args[:3], dict(zip(OPTIONS, node.args[3:], strict=True))
-                call = graph.call_function(CONV, operands, told | options)
-            call.meta = dict(node.meta)
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
-        elif (weight := weight_of(confined, node)) is not None:
-            sampler.add_rows(len(weight))
-            with graph.inserting_before(node):
-                rows = graph.get_attr(f"{EXAMPLES}.all_rows.{len(weight)}")
-                arguments = (*node.args, *[None] * (3 - len(node.args)), rows)
-                call = graph.create_node("call_function", ROW_LINEAR, arguments, told, name=node.name)
+                rows = graph.get_attr(f"{EXAMPLES}.all_rows.{count}")
+                arguments = on_rows(node, rows)
+                call = graph.create_node("call_function", SPARSE[node.target], arguments, dict(told), name=node.name)
             call.meta = dict(node.meta)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
@@ -91,7 +83,7 @@ def _pick_by_walks(gm: GraphModule, sampler: LossWalkSampler, calls: Collection[
     graph = gm.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
     outputs = [node for node in output.all_input_nodes if node.op not in ("placeholder", "get_attr")]
-    if len(outputs) != 1 or outputs[0] not in calls:
+    if len(outputs) != 1 or outputs[0] not in calls or outputs[0].target is not ROW_LINEAR:
         raise ValueError(
             'start="loss" needs a model whose one output is that of a linear call that follows the examples.'
         )

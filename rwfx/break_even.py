@@ -4,15 +4,23 @@ In: the shapes of weights, the rows expected of them, a batch. Out: seconds, and
 row-sparse backward saves products and updates, and costs a call that gathers; on a small weight, or where nearly every
 row is drawn, that is more than it saves.
 
-The model has six numbers, all measured. Per step, for a weight ``(O, I)`` of which K rows are kept, in calls on B rows
-of input, of which C columns of the gradient are read (C = I where all may be; the second line only for calls whose
-input needs a gradient):
+The model has seven numbers, all measured. Per step, for a weight ``(O, I)`` of which K rows are kept, in calls on B
+rows of input, of which C columns of the gradient are read (C = I where all may be; the second line only for calls
+whose input needs a gradient):
 
     forward  =  2 B O I * flop
     dense    =  2 B O I * flop                    + O I * update
               + 2 B O I * flop                    + B I * pass_
     sparse   =  2 B K I * flop  +  B K * gather   + K I * update  +  call
               + 2 B K C * flop  +  K C * gather   + B C * pass_
+A convolution is such a call on the B places of its output, ``(O, I)`` its weight with the kernel in I. It reads its
+input, of N numbers, once for each gradient, and of that input's gradient all columns are read:
+
+    dense    =  2 B O I * flop                    + O I * update
+              + 2 B O I * flop                    + N * pass_
+    sparse   =  2 B K I * flop  +  B K * gather   + K I * update  +  N * conv  +  call
+              + 2 B K I * flop  +  K I * gather   + N * (pass_ + conv)
+
 With ``grad="dense"`` every row is updated, ``O I * update``, and filled with zeros before, ``O I * pass_``; with
 ``dx="full"`` the second line is the dense one. A step also draws the rows:
 
@@ -47,6 +55,7 @@ class Candidate:
     dense_grad: bool = False  # whether gradients are filled up with zeros, and the optimizer updates every row
     full_dx: bool = False  # whether the input's gradient is that of all rows
     examples: float = 1.0  # the share of the batch that takes part in the backward, whether row-sparse or not
+    inputs: int = 0  # the numbers of the input of one call, if it is a convolution
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Six numbers of a machine, in seconds, and a batch size.
+    """Seven numbers of a machine, in seconds, and a batch size.
 
     The defaults are those of 2 cores of an AMD EPYC with AVX-512 (torch 2.15, float32), where they were measured.
     ``CostModel.measured()`` takes about a second to measure those of the machine that it runs on.
@@ -77,6 +86,8 @@ class CostModel:
         pass_: a number of an activation's gradient that is written, and read again.
         read: a number of a row that a walk reads.
         call: what a row-sparse call takes more than a dense one, whatever its size.
+        conv: a number of a convolution's input in each product of its row-sparse backward. A kernel that is given few
+            rows takes that much more than its multiply-adds.
     """
 
     batch_size: int = 128
@@ -86,10 +97,11 @@ class CostModel:
     pass_: float = 4e-10
     read: float = 1.5e-10
     call: float = 4e-5
+    conv: float = 2.5e-9
 
     def __post_init__(self) -> None:
         check_number("batch_size", self.batch_size, Integral, 1)
-        for name in ("flop", "update", "gather", "pass_", "read", "call"):
+        for name in ("flop", "update", "gather", "pass_", "read", "call", "conv"):
             # Predictions are divided by what a product takes; the others may be nothing.
             check_number(name, getattr(self, name), Real, 0, above=name == "flop")
 
@@ -100,14 +112,19 @@ class CostModel:
         forward = of.calls * of.rows * product
         batch, product = batch * of.examples, product * of.examples
         dense = of.calls * of.rows * product + of.rows * of.features * self.update
-        dense += of.input_grads * (of.rows * product + batch * of.features * self.pass_)
+        inputs = of.examples * of.inputs or batch * of.features  # the numbers of the input
+        dense += of.input_grads * (of.rows * product + inputs * self.pass_)
         sparse = of.calls * (of.kept * product + batch * of.kept * self.gather + self.call)
+        sparse += (of.calls + of.input_grads) * of.examples * of.inputs * self.conv
         updated = of.rows if of.dense_grad else of.kept
         sparse += updated * of.features * self.update + of.dense_grad * of.rows * of.features * self.pass_
         if of.full_dx:
-            full = of.rows * product + batch * of.features * self.pass_
+            full = of.rows * product + inputs * self.pass_
             return Costs(forward, dense, sparse + of.input_grads * full)
         confined = [kept[source] for source in of.sources if source in kept]
+        if of.inputs:
+            every = of.kept * product + of.kept * of.features * self.gather + inputs * self.pass_
+            return Costs(forward, dense, sparse + of.input_grads * every)
         for columns in [*confined, *[of.features] * (of.input_grads - len(confined))]:
             sparse += columns * (of.kept * (2 * batch * self.flop + self.gather) + batch * self.pass_)
         return Costs(forward, dense, sparse)
@@ -155,7 +172,13 @@ class CostModel:
             tiny.grad = None
             torch.ops.rwfx.row_linear.default(small, tiny, None, few, "rows", "rows").sum().backward()
 
-        return cls(batch_size, flop, update, gather, pass_, read, max(0.0, _seconds(sparse) - _seconds(dense)))
+        call = max(0.0, _seconds(sparse) - _seconds(dense))
+        image, kernel, one = torch.randn(16, 64, 16, 16), torch.randn(64, 64, 3, 3), [1, 1]
+        g, rows, products = torch.randn_like(image), torch.arange(0, 64, 8), [True, True, False]
+        options = None, None, one, one, one, False, [0, 0], 1, False, "values", products
+        conv = _seconds(lambda: torch.ops.rwfx.row_conv_backward.default(g, image, kernel, rows, *options)) - call
+        conv = conv / 2 - 2 * (g.numel() // 64) * len(rows) * kernel[0].numel() * flop
+        return cls(batch_size, flop, update, gather, pass_, read, call, max(0.0, conv / image.numel()))
 
 
 def _seconds(call: Callable[[], object], repeats: int = 50) -> float:

@@ -14,16 +14,18 @@ from torch.fx import GraphModule, Node
 
 from rwfx.break_even import Candidate, CostModel
 from rwfx.capture import Capture
+from rwfx.passes.conv_spellings import TRANSPOSED
 from rwfx.passes.follow_examples import MARK
-from rwfx.passes.normalize import weight_of
+from rwfx.passes.normalize import CONVOLUTIONS, weight_of
 from rwfx.passes.parameters import parameter_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.sparse_backward import SPARSE
-from rwfx.policies import Densities, Policy, TopK
+from rwfx.policies import Densities, Magnitude, Policy, TopK
 from rwfx.report import Line
 from rwfx.sampler import RowSampler
 from rwfx.schedules import Schedule
+from rwfx.stations import WeightUse
 from rwfx.weight_graph import WeightGraph
 
 
@@ -36,8 +38,9 @@ def lines_of(
     policy: Policy,
     densities: Mapping[str, float | Schedule] | None,
     of_examples: bool = False,
+    shapes: Mapping[str, torch.Size] | None = None,
 ) -> tuple[Line, ...]:
-    """A line per parameter with rows: those of the linear calls in execution order, then the rest."""
+    """A line per parameter with rows: those of the weighted calls in execution order, then the rest."""
     calls = {node.name: node for node in gm.graph.nodes}
     lines, every_name = [], []
     for weight, names in graph.names.items():
@@ -61,6 +64,9 @@ def lines_of(
         elif any(calls[use.node].target not in SPARSE for use in uses):
             owner = type(captured.host.get_submodule(weight.rpartition(".")[0])).__name__
             reason = f"a call that has no row-sparse backward uses it (it belongs to {owner})"
+        elif any(use.transposed for use in uses) and (grad == "rows" or isinstance(policy, Magnitude)):
+            what = "row gradient" if grad == "rows" else "norms of rows"
+            reason = f"the rows of a transposed convolution are not its weight's first dimension: it has no {what}"
         elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
             reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
         else:
@@ -68,12 +74,14 @@ def lines_of(
         input_grads = sum(_needs_gradient(gm, calls[use.node].args[0]) for use in uses)
         num_rows = uses[0].rows
         features = parameter.numel() // num_rows if num_rows else 0
-        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason))
+        found = [_places(calls[use.node], shapes) for use in uses]
+        places = None if None in found else sum(p for p in found if p is not None) / len(found)
+        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason, places=places))
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
             every_name += _paths(name)
-            reason = f"no plain linear call uses it (it belongs to {owner})"
+            reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every_name):
@@ -147,20 +155,22 @@ def weigh(
 ) -> tuple[Line, ...]:
     """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
 
-    ``gm`` is the model with the weights of ``lines`` made row-sparse, and ``sampler`` what draws their rows. ``graph``
-    and ``shapes`` are of the model before that; ``examples`` is the share of the batch that takes part in the backward
-    of the calls that leave examples out.
+    ``sampler`` is what draws the rows of the weights of ``lines`` where all of them are row-sparse; ``gm``, ``graph``
+    and ``shapes`` are of the model before that. ``examples`` is the share of the batch that takes part in the backward
+    of the calls that leave examples out. A convolution whose shapes are not known is not weighed.
     """
+    calls = {node.name: node for node in gm.graph.nodes}
     kept = sampler.expected_rows([gm.get_parameter(name) for name in sampler.crossed])
     candidates = []
     for line in lines:
-        if line.dense_because:
+        if line.dense_because or line.places is None:
             continue
-        nodes = [use.node for use in graph.uses if use.weight == line.weight]
-        batch = max(shapes[node].numel() // line.rows for node in nodes) if shapes else model.batch_size
+        uses = [use for use in graph.uses if use.weight == line.weight]
+        batch = max(_batch(use, calls[use.node], shapes) for use in uses) if shapes else model.batch_size
         shape = line.rows, line.features, kept[line.weight]
         how = line.sources, grad == "dense", dx == "full", examples if line.leaves_examples else 1.0
-        candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how))
+        inputs = max(_inputs(calls[use.node], shapes) for use in uses) if shapes else 0
+        candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how, inputs))
     crossed = sum(
         use.kernel * len(use.feature_map) // use.groups for use in graph.uses if use.weight in sampler.crossed
     )
@@ -178,6 +188,27 @@ def weigh(
             reason = "drawing rows would cost more than all row-sparse backwards save"
         weighed.append(replace(line, costs=costs, dense_because=reason))
     return tuple(weighed)
+
+
+def _places(call: Node, shapes: Mapping[str, torch.Size] | None) -> int | None:
+    """How many places of an example a call multiplies its weight with: 1, or those of a convolution's output (of a
+    transposed one's input); None where that is not known."""
+    if call.target not in CONVOLUTIONS:
+        return 1
+    at: Any = call.args[0] if call.target in TRANSPOSED else call
+    return None if shapes is None else shapes[at.name][-CONVOLUTIONS[call.target] :].numel()
+
+
+def _batch(use: WeightUse, call: Node, shapes: Mapping[str, torch.Size]) -> int:
+    """How many places of all examples it multiplies its weight with."""
+    at: Any = call.args[0] if use.transposed else call
+    return shapes[at.name].numel() // (len(use.feature_map) if use.transposed else use.rows)
+
+
+def _inputs(call: Node, shapes: Mapping[str, torch.Size]) -> int:
+    """The numbers of a convolution's input; 0 of a linear call."""
+    x: Any = call.args[0]
+    return shapes[x.name].numel() if call.target in CONVOLUTIONS else 0
 
 
 def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:

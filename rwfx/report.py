@@ -24,6 +24,9 @@ class Line:
     sources: tuple[str, ...] = ()  # for some of these, the weights whose rows are the only columns read of it
     costs: Costs | None = None  # predicted; None: nothing was
     leaves_examples: bool = False  # whether its calls compute their backward with the kept examples alone
+    # At how many places of an example a call multiplies the weight: a convolution at those of its output, or of its
+    # input if transposed, on average over its calls; None: only example inputs would tell.
+    places: float | None = 1
 
     @property
     def share_of_limit(self) -> float | None:
@@ -33,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations of the linear calls in one training step; a multiply-add counts as two."""
+    """Floating point operations of linear calls and convolutions in one training step; a multiply-add counts as two."""
 
     forward: int
     backward: int  # as computed: on the rows alone where the backward is sparse
@@ -99,15 +102,17 @@ class Report:
         Per call on a weight ``(O, I)`` with K rows kept: forward ``2 B O I``; backward ``2 B K I`` for the
         weight and, where the input needs a gradient, ``2 B K C`` for it, with C the columns of it that are read: I, or
         the rows kept of the weight that produces it (with ``dx="full"`` it is ``2 B O I``). A masked backward computes
-        what the dense one does. Before the first draw, every row counts. In the backward of a call that leaves examples
+        what the dense one does. A convolution does that at every place of its output; where their number is not known,
+        it counts as one. Before the first draw, every row counts. In the backward of a call that leaves examples
         out, B is the share of the batch that the last step kept.
         """
         kept_examples, of_examples = self.examples or (1, 1)
-        forward = backward = dense = 0
+        forward = backward = dense = 0.0
         for line in self.lines:
-            product = 2 * batch_size * line.rows * line.features
+            at = batch_size * (1 if line.places is None else line.places)
+            product = 2 * at * line.rows * line.features
             kept = self.kept_rows.get(line.weight, line.rows) if self.mode == "sparse" else line.rows
-            taking_part = batch_size * kept_examples / of_examples if line.leaves_examples else batch_size
+            taking_part = at * kept_examples / of_examples if line.leaves_examples else at
             on_rows = 2 * taking_part * kept * line.features
             forward += product * line.calls
             dense += product * (line.calls + line.input_grads)
@@ -119,12 +124,12 @@ class Report:
             read = [self.kept_rows.get(source, sizes[source]) for source in line.sources]
             backward += sum(2 * taking_part * kept * columns for columns in read)
             backward += on_rows * (line.input_grads - len(read))
-        return Flops(forward, round(backward), dense)
+        return Flops(round(forward), round(backward), round(dense))
 
     @property
     def kept_share(self) -> float:
         """The share of the dense backward's products that the last draw kept by rows: K of O of each."""
-        weighed = [(line, line.features * (line.calls + line.input_grads)) for line in self.lines]
+        weighed = [(line, line.features * (line.calls + line.input_grads) * (line.places or 1)) for line in self.lines]
         kept = sum(self.kept_rows.get(line.weight, line.rows) * each for line, each in weighed)
         return kept / sum(line.rows * each for line, each in weighed)
 
@@ -146,7 +151,9 @@ class Report:
                 f"multiply-adds of the linear calls, per input: {flops.total // 2:,} of {flops.dense_total // 2:,} "
                 f"({flops.share:.1%}); backward {flops.backward // 2:,} of {flops.dense_backward // 2:,}"
             )
-        elif self.sparse:
+        if any(line.places is None for line in self.lines):
+            text.append("of a convolution, at one place of its output: example_inputs would tell how many there are")
+        if self.sparse and not (self.kept_rows or self.examples):
             text.append("no training step yet: no rows drawn")
         if self.example_policy is not None:
             last = "" if self.examples is None else f", {self.examples[0]} of {self.examples[1]} in the last step"

@@ -118,7 +118,7 @@ def transform(
     shapes = shapes_of(gm, captured, example_inputs)
     graph = graph_of(gm, captured, shapes)
     densities = densities_of(policy.density, graph)
-    lines = lines_of(gm, graph, captured, patterns, grad, policy, densities, of_examples is not None)
+    lines = lines_of(gm, graph, captured, patterns, grad, policy, densities, of_examples is not None, shapes)
     kept = [line.weight for line in lines if not line.dense_because]
     gm, example_notes = _followed(gm, captured, of_examples, example_inputs)
     lines = with_followers(lines, gm)
@@ -144,7 +144,7 @@ def transform(
     costs = _cost_model(break_even, device.type, mode)
     if costs is not None:
         share = 1.0 if of_examples is None else expected_fraction(of_examples)
-        lines = weigh(sparse_gm, sampler, lines, graph, shapes, costs, grad, dx, share)
+        lines = weigh(gm, sampler, lines, graph, shapes, costs, grad, dx, share)
         paying = [line.weight for line in lines if not line.dense_because]
         if paying != kept:
             sparse_gm, nodes, sampler = rewritten(paying)

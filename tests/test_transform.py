@@ -265,6 +265,7 @@ def test_a_linear_module_with_hooks_stays_dense_and_is_reported():
 
 def test_what_has_no_rule_stays_dense_and_walks_go_on_behind_it():
     model = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(6, 3))
+    model[2].register_forward_hook(lambda module, args, output: output)  # so that it is more than a convolution
     sparse = rwfx.transform(model, num_paths=4)
     sparse(torch.randn(2, 6)).sum().backward()
     assert sparse.report.sparse == ("0.weight", "4.weight")

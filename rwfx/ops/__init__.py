@@ -4,7 +4,7 @@ They know tensors and row sets, and nothing of graphs or models.
 """
 
 from rwfx import native
-from rwfx.ops.conv import example_conv
+from rwfx.ops.conv import masked_conv, row_conv
 from rwfx.ops.examples import pick_examples
 from rwfx.ops.linear import masked_linear, row_linear
 from rwfx.ops.magnitude import draw_by_norm
@@ -15,14 +15,15 @@ from rwfx.ops.walk import walk
 
 __all__ = [
     "draw_by_norm",
-    "example_conv",
     "keep_rows",
+    "masked_conv",
     "masked_linear",
     "observe_",
     "pack_rows",
     "pick_examples",
     "record_",
     "remember",
+    "row_conv",
     "row_linear",
     "take_rows",
     "top_rows",

@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rwfx.ops.arguments import check_examples, check_rows
 from rwfx.ops.inductor import let_inductor_compare_sparse
 from rwfx.ops.observe import observe_, record_, top_rows
+from rwfx.ops.registration import register
 from rwfx.ops.row_gradient import pack_rows, row_gradient, take_rows
 
 _library = torch.library.Library("rwfx", "FRAGMENT")
@@ -207,9 +209,9 @@ class _Linear(torch.autograd.Function):
         num_examples=0,
         packed="",
     ):
-        _check(weight, rows, scale, seen, chosen, kept_weight is not None or kept_bias is not None)
+        check_rows(weight.shape[0], rows, scale, seen, chosen, kept_weight is not None or kept_bias is not None)
         if examples is not None:
-            _check_examples(x, examples, num_examples)
+            _check_places(x, examples, num_examples)
         ctx.activation = _activation(activation)
         a = ctx.activation.forward(x) if ctx.activation else x
         ctx.shared, ctx.others = kept_weight is not None, 10
@@ -368,43 +370,8 @@ class _MaskedLinear(_Linear):
         return _Linear.gradients(ctx, g, dx, dw, db)
 
 
-def _check(
-    weight: Tensor, rows: Tensor, scale: Tensor | None, seen: Tensor | None, chosen: Tensor | None, kept: bool
-) -> None:
-    if rows.dtype != torch.int64 or rows.dim() != 1:
-        raise ValueError(
-            f"rows must be a one-dimensional int64 tensor of row numbers, got {rows.dtype} of shape "
-            f"{tuple(rows.shape)}."
-        )
-    if chosen is not None and (scale is not None or kept):
-        raise ValueError(
-            f"{'scale' if scale is not None else 'kept_weight and kept_bias'} cannot be given with chosen: they belong "
-            "to rows that are known in the forward pass, and these are chosen in the backward pass."
-        )
-    if scale is not None:
-        if not scale.is_floating_point() or scale.dim() != 1:
-            raise ValueError(
-                f"scale must be a one-dimensional floating-point tensor, got {scale.dtype} of shape "
-                f"{tuple(scale.shape)}."
-            )
-        # Not an if: a compiler does not know these sizes, and is told that they are equal.
-        torch._check_value(
-            scale.shape[0] == rows.shape[0],
-            lambda: f"scale must have a number for each of the {rows.shape[0]} rows, got {scale.shape[0]}.",
-        )
-    for name, buffer, dtype, more in (("seen", seen, torch.float32, 0), ("chosen", chosen, torch.int64, 1)):
-        shape = (weight.shape[0] + more,)
-        if buffer is not None and (buffer.dtype != dtype or buffer.shape != shape):
-            raise ValueError(
-                f"{name} must be a {dtype} tensor of shape {shape}, got {buffer.dtype} of shape {tuple(buffer.shape)}."
-            )
-
-
-def _check_examples(x: Tensor, examples: Tensor, num_examples: int) -> None:
-    if examples.dtype != torch.int64 or examples.dim() != 1:
-        raise ValueError(
-            f"examples must be a one-dimensional int64 tensor, got {examples.dtype} of shape {tuple(examples.shape)}."
-        )
+def _check_places(x: Tensor, examples: Tensor, num_examples: int) -> None:
+    check_examples(examples)
     places = prod(x.shape[:-1])  # not numel(), of which a compiler has to know the value
     torch._check_value(
         num_examples > 0 and places % num_examples == 0,
@@ -429,35 +396,6 @@ def _product(a: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype 
     if dtype is None:
         return F.linear(a, weight, bias)
     return F.linear(a.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
-def _register(op: str, function: type[_Linear]) -> None:
-    """The operator's implementation for every device, which is its autograd, and its part in autocast."""
-
-    def without_gradient(*arguments):
-        with torch.no_grad():
-            return function.apply(*arguments)
-
-    _library.impl(op, function.apply, "Autograd")
-    _library.impl(op, without_gradient, "CompositeExplicitAutograd")
-    for device, key in {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}.items():
-        _library.impl(op, _in_autocast(getattr(torch.ops.rwfx, op).default, device), key)
-
-
-def _in_autocast(op, device: str):
-    """``op`` in autocast's type, as ``F.linear``.
-
-    The type is handed to the operator instead of casting its arguments, so that the weight's gradient is
-    cast on its rows alone.
-    """
-
-    def kernel(x, weight, bias, rows, dx="rows", grad="dense", dtype=None, *others):
-        # Autocast leaves double precision alone.
-        lowered = None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-        with torch.amp.autocast(device, enabled=False):
-            return op(x, weight, bias, rows, dx, grad, lowered, *others)
-
-    return kernel
 
 
 # The backward of row_linear as one operator, for a CPU: rwfx/native/linear.cpp has its only implementation.
@@ -503,5 +441,5 @@ def _(
     return dx, None if a is None else of_parameter(a.shape[-1]), of_parameter() if needs_bias else None
 
 
-_register("row_linear", _RowLinear)
-_register("masked_linear", _MaskedLinear)
+register(_library, "row_linear", _RowLinear)
+register(_library, "masked_linear", _MaskedLinear)
