@@ -135,3 +135,25 @@ def test_a_weight_whose_rows_are_features_elsewhere_has_rows_in_its_first_layout
     assert [use.name for use in graph.uses] == ["a.weight", "b.weight"]
     assert "with its rows as features" in graph.notes[0]
     assert torch.equal(graph.leaves(graph.uses[1].feature_map), torch.arange(6))
+
+
+@pytest.mark.parametrize("kind", ["module", "transposed"])
+def test_weights_in_calls_without_a_row_sparse_backward_are_walked_and_stay_dense(kind):
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.w, self.head = nn.Linear(3, 6), nn.Parameter(torch.randn(6, 5)), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head((self.stem(x) @ self.w).relu())
+
+    model, x = (Stack(1), torch.randn(2, 4, 3)) if kind == "module" else (Transposed(), torch.randn(2, 3))
+    sparse = rwfx.transform(model, 5, example_inputs=x)
+    assert torch.equal(sparse(x), model(x))
+    dense = sparse.report.dense
+    among = {"attention.0.in_proj_weight", "attention.0.out_proj.weight"} if kind == "module" else {"w"}
+    assert among <= set(dense)
+    assert all("no row-sparse backward" in dense[name] for name in among)
+    assert "stem.weight" in sparse.rows
+    sparse(x).sum().backward()
+    assert model.get_parameter(min(among)).grad.count_nonzero()
