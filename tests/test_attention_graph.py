@@ -8,7 +8,7 @@ from torch import nn
 
 import rwfx
 from rwfx import junctions
-from rwfx.stations import Junction
+from rwfx.stations import Junction, leaves
 
 WIDTH, HEADS, TOKENS = 6, 2, 5
 
@@ -103,6 +103,16 @@ def test_where_too_many_pairs_meet_one_side_counts_as_any_of_its_rows(monkeypatc
         behind = {graph.uses[k].name for graph in (exact,) for k in range(2)}
         assert len(exact.leaves(a[None])) == len(coarse.leaves(b[None])) == 7 + 1
         assert behind == {"a.weight", "b.weight"}
+
+
+def test_a_row_that_meets_too_many_others_meets_any_of_them(monkeypatch):
+    monkeypatch.setattr(junctions, "MOST_PLACES", 5)
+    register = junctions.Register()
+    one, many = (register.use(name, rows, torch.tensor([-1])) for name, rows in (("a", 1), ("b", 8)))
+    column = torch.tensor([[-1], [int(one)]]).expand(2, 8)
+    ids = register.meet([column, many.expand(2, 8)])
+    assert all(len(row.unique()) == 1 for row in ids)
+    assert torch.equal(leaves(register.stations, ids[1]), torch.arange(9))
 
 
 def test_places_that_very_many_rows_lead_to_are_one_place(monkeypatch):
