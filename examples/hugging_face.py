@@ -37,8 +37,16 @@ class Text(Dataset):
 def main(steps: int = 120) -> None:
     """Train and compare."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=LENGTH, use_cache=False, **sizes))
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
     text = Text()
     batch = torch.utils.data.default_collate([text[k] for k in range(4)])
     sparse_model = rwfx.transform(model, rows=rwfx.TopK(0.25), example_inputs=batch, break_even=False)

@@ -26,10 +26,12 @@ class Digits(lightning.LightningModule):
         self.network = network
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        """The loss of a batch."""
         x, y = batch
         return F.cross_entropy(self.network(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, of PyTorch: the gradients are dense, with zeros."""
         return torch.optim.Adam(self.network.parameters(), lr=2e-3)
 
 

@@ -64,7 +64,7 @@ def lines_of(
             reason = "its density is 1"
         elif isinstance(policy, TopK) and len(uses) > 1:
             reason = f"{len(uses)} calls use it, and TopK would choose other rows in each"
-        elif any(calls[use.node].target not in SPARSE for use in uses):
+        elif not all(_is_plain(gm, calls[use.node]) for use in uses):
             owner = type(captured.host.get_submodule(weight.rpartition(".")[0])).__name__
             reason = f"a call that has no row-sparse backward uses it (it belongs to {owner})"
         elif any(use.transposed for use in uses) and (grad == "rows" or isinstance(policy, Magnitude)):
@@ -74,7 +74,9 @@ def lines_of(
             reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
         else:
             reason = ""
-        input_grads = sum(_needs_gradient(gm, calls[use.node].args[0]) for use in uses)
+        # A module with weights of its own, or a call on a view of one, is taken to give its input a gradient.
+        takers = [calls[use.node] for use in uses]
+        input_grads = sum(not _is_plain(gm, call) or _needs_gradient(gm, call.args[0]) for call in takers)
         num_rows = uses[0].rows
         features = parameter.numel() // num_rows if num_rows else 0
         found = [_places(calls[use.node], shapes) for use in uses]
@@ -86,6 +88,11 @@ def lines_of(
             reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
     return tuple(lines)
+
+
+def _is_plain(gm: GraphModule, call: Node) -> bool:
+    """Whether a call on a weight can be made row-sparse: it reads the whole parameter as it is, by an operator."""
+    return weight_of(gm, call) is not None and call.target in SPARSE
 
 
 def left_out(

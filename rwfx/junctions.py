@@ -40,6 +40,14 @@ class Register:
         self.stations.append(WeightUse(name, weight, self.node, base, rows, feature_map, groups, kernel, transposed))
         return torch.arange(base, base + rows)
 
+    def agrees(self, weight: str, transposed: bool) -> bool:
+        """Whether the rows of a weight are those of its uses so far; else they could share no row set."""
+        layouts = {s.transposed for s in self.stations if isinstance(s, WeightUse) and s.weight == weight}
+        if layouts and layouts != {transposed}:
+            self.notes.append(f"{self.node}: {weight} is used with its rows as features, which walks cross to any row")
+            return False
+        return True
+
     def meet(self, ids: list[Tensor]) -> Tensor:
         """The ids where tensors of one shape are added."""
         cores = [core(i) for i in ids]
@@ -47,8 +55,8 @@ class Register:
         lines = torch.stack([c.expand(shape).reshape(-1) for c in cores], 1)
         several_N, sets_JM, set_S = _sets(lines)
         if len(sets_JM) > MOST_PLACES:
-            several = [k for k, c in enumerate(cores) if c.max() != c.min()]
-            fewest = min(several, key=lambda k: len(cores[k].unique()))
+            counts = [len(c[c >= 0].unique()) for c in cores]
+            fewest = min((k for k, count in enumerate(counts) if count > 1), key=counts.__getitem__)
             self.notes.append(f"{self.node}: too many pairs of rows meet; walks cross one of them to any row like it")
             spread = torch.where(cores[fewest] < 0, -1, self.any_of(cores[fewest].reshape(-1)))
             return self.meet([*ids[:fewest], spread.expand(ids[fewest].shape), *ids[fewest + 1 :]])

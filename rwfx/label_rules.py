@@ -372,6 +372,12 @@ def _shape(run, x) -> tuple[Any, ...]:
     return tuple(x.ids.shape) if isinstance(x, Labels) else (*run.lead, None)
 
 
+def _loss(run, function, args, kwargs):
+    """Of what is compared with the targets, whether or not every entry has a loss of its own."""
+    x = operands_of(args[:1], kwargs)[0]
+    return _reduce(run, torch.sum, (x,), {})
+
+
 def _nothing(run, function, args, kwargs):
     return None
 
@@ -415,6 +421,9 @@ _TABLE: dict[Callable[..., Any], str] = {
     _reduce: "mean sum nansum nanmean amax amin prod logsumexp any all",
     _variance: "var std",
     _variance_and_mean: "var_mean std_mean",
+    _loss: """cross_entropy cross_entropy_loss nll_loss nll_loss_nd nll_loss2d gaussian_nll_loss poisson_nll_loss
+        mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss multilabel_soft_margin_loss binary_cross_entropy
+        binary_cross_entropy_with_logits kl_div ctc_loss""",
     _extreme: "max min median",
     _norm: "linalg_vector_norm norm",
     _along: "cumsum cumprod logcumsumexp cummax cummin",
@@ -422,9 +431,9 @@ _TABLE: dict[Callable[..., Any], str] = {
     _topk: "topk",
     _copied: "copy",
     _written: "setitem index_put",
-    _none: """zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli argmax argmin
-        argsort one_hot zero fill""",
-    _end: "embedding nonzero bincount",
+    _none: """zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli
+        argsort zero fill""",
+    _end: "embedding one_hot argmax argmin nonzero bincount",
     _new: "new_zeros new_ones new_full new_empty new_tensor",
     _size: "size sym_size",
     _numel: "numel sym_numel",

@@ -26,6 +26,7 @@ from rwfx.label_values import Everywhere, Labels, UnknownShape, core, nowhere, o
 from rwfx.passes.conv_spellings import TRANSPOSED
 from rwfx.passes.normalize import CONVOLUTIONS, weight_of
 from rwfx.stations import Junction, Station, WeightUse, leaves
+from rwfx.weight_views import weight_view
 
 # Where no example says: the leading dimensions of the first linear call (a batch, of sequences, of grids), and how many
 # places a side of the first convolution's input has.
@@ -180,11 +181,12 @@ class _LabelRun(fx.Interpreter):
         value = super().run_node(n)
         if n.name not in self.shapes:
             return value
-        if isinstance(value, Everywhere):
-            return nowhere(self.shapes[n.name], value.id)
         if isinstance(value, Labels) and value.ids.shape != self.shapes[n.name]:
-            return Labels(value.ids.expand(self.shapes[n.name]))  # a constant that is no operand was broadcast
-        return value
+            try:  # a constant that is no operand may have been broadcast
+                return Labels(value.ids.expand(self.shapes[n.name]))
+            except RuntimeError:
+                value = self.anything(self.operation, [value])
+        return nowhere(self.shapes[n.name], value.id) if isinstance(value, Everywhere) else value
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return Everywhere(-1)
@@ -201,11 +203,15 @@ class _LabelRun(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         weight = weight_of(self.gm, self.node)
-        if weight is None:
-            return self.apply(_spelled(target), target, args, kwargs)
-        if target is F.linear:
-            return self.linear(args[0], weight)
-        return self.convolution(args[0], weight, target, args[3:])
+        if weight is not None and target is not F.linear:
+            return self.convolution(args[0], weight, target, args[3:])
+        if weight is not None:
+            return self.linear(args[0], weight, slice(None))
+        view = weight_view(self.gm, self.node)
+        if view is not None and self.register.agrees(self.names[id(view.parameter)], view.transposed):
+            x = args[self.node.args.index(view.x)]
+            return self.linear(x, view.parameter, slice(view.first, view.first + view.rows), view.transposed)
+        return self.apply(_spelled(target), target, args, kwargs)
 
     def apply(self, spelling: str, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
         """Follow the rule of an operation, found by its name."""
@@ -215,6 +221,8 @@ class _LabelRun(fx.Interpreter):
         try:
             if not operands:
                 return _executed(function, args, kwargs) if function else Everywhere(-1)
+            if isinstance(function, type):  # a container of what it is called with
+                return args, kwargs
             if rule:
                 value = rule(self, function, args, kwargs)
                 return _written(args[0], value) if _is_in_place(spelling) else value
@@ -265,9 +273,12 @@ class _LabelRun(fx.Interpreter):
         value = function(*args, **kwargs)
         return (value if isinstance(value, Tensor) else value[0]).shape
 
-    def linear(self, x: Labels | Everywhere, weight: Tensor) -> Labels:
-        """A linear call: the ids of its input are its feature map, its output has ids of its own."""
-        rows, features = weight.shape
+    def linear(self, x: Labels | Everywhere, weight: Tensor, part: slice, transposed: bool = False) -> Labels:
+        """A linear call: the ids of its input are its feature map, its output has ids of its own.
+
+        ``part``: which of the weight's rows it has; the others come to nothing here.
+        """
+        rows, features = weight.t().shape if transposed else weight.shape
         if isinstance(x, Everywhere):
             feature_map = torch.full((features,), x.id)
             self.widths[self.node.all_input_nodes[0].name] = features
@@ -276,8 +287,8 @@ class _LabelRun(fx.Interpreter):
             self.check_width(x.ids, features)
             feature_map = self.features_of(x.ids, x.ids.dim() - 1)
             lead = x.ids.shape[:-1]
-        ids = self.use(weight, rows, feature_map)
-        return Labels(ids.expand(*lead, rows))
+        ids = self.use(weight, rows, feature_map, 1, 1, transposed)[part]
+        return Labels(ids.expand(*lead, len(ids)))
 
     def convolution(
         self, x: Labels | Everywhere, weight: Tensor, target: Callable[..., Any], options: Any

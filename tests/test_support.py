@@ -150,6 +150,20 @@ class Gated(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, t, 8)[:, [0, 2]].amax(1))
 
 
+class Views(nn.Module):
+    """Weights that are used transposed, and some of their rows at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.c_fc, self.bias = nn.Parameter(torch.randn(6, 10)), nn.Parameter(torch.randn(10))
+        self.packed, self.other = nn.Parameter(torch.randn(12, 10)), nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        h = torch.addmm(self.bias, x, self.c_fc).relu()
+        first, last = self.packed[:4], self.packed.chunk(3)[2]
+        return (F.linear(h, first) + F.linear(h.flip(1), last)) @ self.other
+
+
 def resnet():
     return torchvision.models.resnet.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
 
@@ -189,6 +203,7 @@ MODELS = {
     "densenet": (Dense, (2, 3, 8, 8)),
     "swin": (swin, (1, 3, 32, 32)),
     "written": (Written, (3, 5)),
+    "views": (Views, (3, 6)),
     "gated": (Gated, (2, 3, 6)),
 }
 # Its branches depend on shapes; an assignment to a slice of a proxy.

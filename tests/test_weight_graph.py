@@ -259,3 +259,21 @@ def test_where_a_rule_does_not_fit_the_walk_may_go_to_any_row_before():
     graph = rwfx.weight_graph(Model(), example_inputs=torch.randn(8, 4))
     assert "linalg_qr" in graph.notes[0]
     assert_close(graph.leaves(graph.uses[1].feature_map), torch.arange(6))
+
+
+class WithLoss(nn.Module):
+    """A model that computes its loss itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x, target):
+        y = self.b(self.a(x).relu())
+        return F.cross_entropy(y, target), y
+
+
+def test_walks_start_at_what_a_loss_compares_with_the_targets():
+    graph = rwfx.weight_graph(WithLoss(), (torch.randn(4, 6), torch.arange(4) % 3))
+    assert [graph.stations[head].weight for head in graph.heads] == ["b.weight"]
+    assert graph.notes == ()
