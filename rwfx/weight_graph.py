@@ -126,9 +126,10 @@ def weight_graph(model: nn.Module, example_inputs: Any = None) -> WeightGraph:
     """The weight graph of ``model``.
 
     Args:
-        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically. It is left as it was.
+        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically or, with ``example_inputs``, ``torch.export``
+            can export. It is left as it was.
         example_inputs: a tuple, a dict of keyword arguments, or a single value for ``model.forward``;
-            needed only where the model reshapes in a way that depends on the shape of its inputs.
+            needed only where the model reshapes or branches in a way that depends on the shape of its inputs.
 
     Raises:
         ValueError: the model cannot be traced, has no weight with rows, or needs example inputs.
