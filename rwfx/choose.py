@@ -81,7 +81,7 @@ def lines_of(
         if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
             every_name += _paths(name)
-            reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
+            reason = f"no plain linear call uses it, nor a convolution (it belongs to {owner})"
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every_name):
