@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.testing import assert_close
 
+import rwfx
 from rwfx.capture import capture
 
 
@@ -184,3 +185,38 @@ def test_one_tensor_given_twice_is_two_inputs():
     both = graph_of(capture(model, (ids, ids)), train=False)
     targets = tokens()
     assert_close(both(ids, targets), model(ids, targets), rtol=0, atol=0)
+
+
+class Encoder(nn.Module):
+    """Layers that the symbolic tracer calls as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.layer(self.embed(x))
+        return self.head(self.mix(h, h, h, need_weights=False)[0])
+
+
+def test_weights_inside_layers_of_attention_are_shown_by_torch_export():
+    model, x = Encoder().double(), torch.randn(4, 5, 6, dtype=torch.float64)
+    assert rwfx.transform(model, 9, example_inputs=x).report.route == "torch.export"
+    gradients = []
+    for mode in ("sparse", "masked"):
+        sparse = rwfx.transform(model, 9, mode=mode, dx="rows", seed=3, example_inputs=x, break_even=False)
+        inside = {"layer.self_attn.in_proj_weight", "layer.self_attn.out_proj.weight", "layer.linear1.weight"}
+        assert inside | {"mix.in_proj_weight", "mix.out_proj.weight"} <= set(sparse.report.sparse)
+        model.zero_grad()
+        sparse(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_without_example_inputs_they_stay_dense_and_the_report_says_so():
+    report = rwfx.transform(Encoder(), 9, break_even=False).report
+    assert "layer.self_attn.in_proj_weight" in report.dense

@@ -9,9 +9,12 @@ The routes are a ladder; the first that holds is taken:
    example inputs, both graphs give the model's own outputs and buffers, bit for bit, from the same random stream.
 2. ``torch.export``, which needs example inputs: ATen operators, with branches and loops decided by the example and
    every decision about a shape checked at each call.
+
+Where the first route holds and calls as a whole what has several weights inside (attention, a transformer's layers),
+the second is taken if it holds too: it shows them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -52,14 +55,21 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     check_model(model)
     inputs = bind_inputs(model, example_inputs)
     replay = None if inputs is None else Replay(model, inputs)
-    failures = []
+    failures: list[CaptureError] = []
+    closed: Capture | None = None
     for route in (symbolic, exported):
         try:
             graphs: Graphs = route.capture(model, inputs)
             notes = () if replay is None else replay.check(graphs)
         except CaptureError as error:
             failures.append(error)
-        else:
-            return Capture(graphs.host, graphs.train, graphs.eval, (*graphs.notes, *notes), route.NAME, inputs)
+            continue
+        found = Capture(graphs.host, graphs.train, graphs.eval, (*graphs.notes, *notes), route.NAME, inputs)
+        if route is exported or inputs is None or not symbolic.is_closed(graphs):
+            return found
+        closed = found
+    if closed is not None:
+        why = f"the weights inside its layers of attention stay dense, as torch.export cannot show them: {failures[-1]}"
+        return replace(closed, notes=(*closed.notes, why))
     name = type(model).__name__
     raise ValueError("\n".join([f"cannot trace {name}:", *(f"- {error}" for error in failures)])) from failures[0]

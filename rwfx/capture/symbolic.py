@@ -40,6 +40,38 @@ def capture(model: nn.Module, inputs: ExampleInputs | None) -> Graphs:
     return Graphs(host, graphs[True], graphs[False], lost_of(model, scratch, before, keeps_leaves=True))
 
 
+# Modules with weights inside that the tracer calls as a whole.
+CLOSED = (
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+def is_closed(graphs: Graphs) -> bool:
+    """Whether the graph calls as a whole what has weights inside: such a module, or a library's function on weights."""
+    return any(
+        isinstance(graphs.host.get_submodule(str(node.target)), CLOSED)
+        if node.op == "call_module"
+        else node.op == "call_function" and _is_foreign(node.target) and _reads_weights(graphs.host, node)
+        for node in graphs.train.nodes
+    )
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether it is none of PyTorch's or Python's own: a function that the tracer was told to leave alone."""
+    return str(getattr(function, "__module__", "torch")).partition(".")[0] not in ("torch", "_operator", "builtins", "math")
+
+
+def _reads_weights(host: nn.Module, node: fx.Node) -> bool:
+    names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    parameters = dict(host.named_parameters(remove_duplicate=False))
+    return any(name in parameters and parameters[name].dim() >= 2 for name in names)
+
+
 def _trace(root: nn.Module, model_name: str, given: dict[str, Any]) -> fx.Graph:
     parameters = inspect.signature(type(root).forward).parameters
     held = {name: value for name, value in given.items() if isinstance(value, PLAIN)}
