@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import rwfx.ops  # noqa: F401  defines the operator
-from rwfx.labels import Junction, WeightUse
 from rwfx.policies import AdaptiveWalk, LearnedWalk, RandomWalk
 from rwfx.sampler import Buffers, KeepsTypes
+from rwfx.stations import Junction, WeightUse
 from rwfx.weight_graph import WeightGraph
 
 

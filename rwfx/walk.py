@@ -16,12 +16,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rwfx.labels import Junction, WeightUse
 from rwfx.ops.walk import Station, is_tree, mix, pack_stations, sweep, unpack_stations
 from rwfx.policies import AdaptiveWalk, LearnedWalk, RandomWalk
 from rwfx.preference import Preference, observed_uses
 from rwfx.sampler import WALKS_A_ROW, Buffers, RowSampler
 from rwfx.schedules import Schedule
+from rwfx.stations import Junction, WeightUse
 from rwfx.weight_graph import WeightGraph
 
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from rwfx.capture import Capture, capture
 from rwfx.label_rules import bare_name, operation_of
-from rwfx.labels import _spelled
+from rwfx.label_run import spelled
 from rwfx.passes.normalize import CONVOLUTIONS, normalize, weight_of
 from rwfx.weight_graph import graph_of, shapes_of
 from rwfx.weight_views import weight_view
@@ -75,7 +75,7 @@ class Frozen(fx.Interpreter):
         if (view := weight_view(self.gm, self.node)) is not None:
             x = args[self.node.args.index(view.x)]
             return self.held(self.node.name, x, -1, lambda: target(*args, **kwargs), -1, view.first)
-        if bare_name(_spelled(target)) in IDENTITIES:
+        if bare_name(spelled(target)) in IDENTITIES:
             return args[0]
         return super().call_function(target, args, kwargs)
 

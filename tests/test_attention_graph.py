@@ -167,3 +167,19 @@ def test_weights_in_calls_without_a_row_sparse_backward_are_walked_and_stay_dens
     assert "stem.weight" in sparse.rows
     sparse(x).sum().backward()
     assert model.get_parameter(min(among)).grad.count_nonzero()
+
+
+def test_a_call_on_some_rows_of_a_weight_gives_those_rows():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.packed, self.head = nn.Parameter(torch.randn(12, 5)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(F.linear(x, self.packed[:4]) + F.linear(x, self.packed.chunk(3)[2]))
+
+    _, graph = captured_by_tracing(Sliced(), (torch.randn(3, 5),))
+    first, last, head = graph.uses
+    assert (first.name, last.name, first.rows, last.rows) == ("packed", "packed#2", 12, 12)
+    for k, source in enumerate(head.feature_map):
+        assert graph.leaves(source[None]).tolist() == [first.base + k, last.base + 8 + k]
