@@ -210,3 +210,22 @@ def test_autocast_leaves_double_precision_alone(op):
 def test_what_is_no_row_set_is_refused(op, rows):
     with pytest.raises(ValueError, match="one-dimensional int64"):
         op(*operands(), rows)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "batch and sequence swapped": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "features first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@OP
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "frozen"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_the_forward_is_that_of_the_dense_call_bit_for_bit_whatever_the_layout(op, layout, learned, bias):
+    torch.manual_seed(0)
+    x, w = layout(torch.randn(9, 11, 64, dtype=torch.float64)), torch.randn(48, 64, dtype=torch.float64)
+    w, b = w.requires_grad_(learned), torch.randn(48, dtype=torch.float64) if bias else None
+    assert torch.equal(op(x, w, b, torch.tensor([1, 3])), F.linear(x, w, b))

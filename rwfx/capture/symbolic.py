@@ -63,12 +63,8 @@ def is_closed(graphs: Graphs) -> bool:
 
 def _is_foreign(function: Any) -> bool:
     """Whether it is none of PyTorch's or Python's own: a function that the tracer was told to leave alone."""
-    return str(getattr(function, "__module__", "torch")).partition(".")[0] not in (
-        "torch",
-        "_operator",
-        "builtins",
-        "math",
-    )
+    package = str(getattr(function, "__module__", "torch")).partition(".")[0]
+    return package not in ("torch", "_operator", "builtins", "math")
 
 
 def _reads_weights(host: nn.Module, node: fx.Node) -> bool:

@@ -582,6 +582,18 @@ using BackwardOp = Gradients(
     std::string_view,
     const optional<Tensor>&);
 
+// at::linear as it computes above autograd: there a product with a weight that is learned is always one of matrices, and
+// below, where this runs, that of an input that is not contiguous would be a batch of them, which rounds differently.
+Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, bool learned) {
+  if (!learned || x.dim() < 3 || x.is_contiguous()) {
+    return at::linear(x, weight, bias);
+  }
+  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end() - 1);
+  sizes.push_back(weight.sym_size(0));
+  const Tensor y = at::mm(x.reshape_symint({-1, x.sym_size(-1)}), weight.t()).view_symint(sizes);
+  return bias && bias->defined() ? y.add_(*bias) : y;
+}
+
 class RowLinear : public torch::autograd::Function<RowLinear> {
  public:
   static Tensor forward(
@@ -646,10 +658,11 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["dtypes"] = std::vector<int64_t>{
         static_cast<int64_t>(x.scalar_type()), static_cast<int64_t>(weight.scalar_type())};
+    const bool learned = weight.requires_grad();
     if (!dtype) {
-      return at::linear(a, weight, bias);
+      return linear(a, weight, bias, learned);
     }
-    return at::linear(a.to(*dtype), weight.to(*dtype), bias ? optional<Tensor>(bias->to(*dtype)) : bias);
+    return linear(a.to(*dtype), weight.to(*dtype), bias ? optional<Tensor>(bias->to(*dtype)) : bias, learned);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
