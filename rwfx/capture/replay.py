@@ -75,7 +75,8 @@ class Replay:
 
     def _run(self, module: nn.Module, holder: nn.Module) -> list[Tensor]:
         """The outputs of one call, and then the model's buffers, as ``holder`` has them after it."""
-        with untouched(holder):
+        # In eval mode with gradients: without them attention takes a path of its own, which rounds differently.
+        with untouched(holder), torch.set_grad_enabled(not holder.training):
             output = module.forward(*self.inputs.args, **self.inputs.kwargs)
             buffers = dict(holder.named_buffers())
             return [x.detach().clone() for x in (*_tensors(output), *(buffers[name] for name in self.buffers))]
@@ -91,7 +92,7 @@ def same_outputs(model: nn.Module, transformed: nn.Module, inputs: ExampleInputs
     """
     outputs = []
     for module in (model, transformed):
-        with untouched(module):
+        with untouched(module), torch.set_grad_enabled(not module.training):  # as in Replay
             outputs.append(_tensors(module(*inputs.args, **inputs.kwargs)))
     return _equal(*outputs)
 
