@@ -12,6 +12,7 @@ A *vocabulary* is a head as large as an embedding of the model: a row for each w
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -45,9 +46,11 @@ def roles_of(gm: GraphModule, graph: WeightGraph) -> dict[str, frozenset[str]]:
 
 def heads_of(graph: WeightGraph) -> set[str]:
     """The weights that give outputs of the model and nothing else."""
-    read = {target for k in range(len(graph.stations)) for target in graph.station_of(graph.sources(k)).tolist()}
     uses = {station: s.weight for station, s in enumerate(graph.stations) if isinstance(s, WeightUse)}
-    inner = {weight for station, weight in uses.items() if station in read or station not in graph.heads}
+    # A junction alone may lead to an output, such as a mean or a loss.
+    read = torch.cat([graph.leaves(graph.sources(station)) for station in uses]).unique()
+    feeding = set(graph.station_of(read).tolist())
+    inner = {weight for station, weight in uses.items() if station in feeding or station not in graph.heads}
     return {uses[head] for head in graph.heads} - inner
 
 

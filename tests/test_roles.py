@@ -181,3 +181,15 @@ def test_the_scores_of_a_vocabulary_are_row_sparse_only_where_they_are_asked_for
     assert "a row for each entry of embed.weight" in report(num_paths=2).dense["head.weight"]
     assert "head.weight" in report(num_paths=2, include=["all", "head"]).sparse
     assert "head.weight" in report(density={"*": 0.5}).sparse
+
+
+class WithLoss(Decoder):
+    def forward(self, ids):
+        logits = super().forward(ids)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), logits
+
+
+def test_a_head_that_a_loss_in_the_model_reads_is_a_head():
+    found = roles(WithLoss(), IDS)
+    assert found["head"] == {"head"}
+    assert "head.weight" in rwfx.transform(WithLoss(), 2, example_inputs=IDS, break_even=False).report.dense
