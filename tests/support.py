@@ -5,14 +5,12 @@ call that then change are those that the row feeds. Normalising layers and dropo
 mix all features.
 """
 
-import copy
-import inspect
-
 import torch
 from torch import fx, nn
 from torch.fx import GraphModule
 
-from rwfx.capture import Capture, capture
+from rwfx.capture import Capture, exported, symbolic
+from rwfx.capture.inputs import bind_inputs
 from rwfx.label_rules import bare_name, operation_of
 from rwfx.label_run import spelled
 from rwfx.passes.normalize import CONVOLUTIONS, normalize, weight_of
@@ -24,31 +22,21 @@ IDENTITIES = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_no
 
 def captured_by_tracing(model, args):
     """The normalized graph of a model, with its weight graph."""
-    return _with_graph(capture(model, args), args)
+    return _captured(symbolic, model, args)
 
 
 def captured_by_export(model, args):
     """The same, with the operators of ATen."""
-    module = torch.export.export(model, args, strict=False).module()
-    host = copy.copy(model)
-    host._modules, host._buffers = dict(model._modules), dict(model._buffers)
-    graph = fx.Graph()
-    values = {}
-    for node in module.graph.nodes:
-        if node.op == "call_module":
-            continue  # the guards
-        if node.op == "get_attr" and "." not in node.target and not hasattr(host, node.target):
-            host.register_buffer(node.target, getattr(module, node.target), persistent=False)
-        values[node] = graph.node_copy(node, values.__getitem__)
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
-        node.target = name
-    return _with_graph(Capture(host, graph, graph, ()), args)
+    return _captured(exported, model, args)
 
 
-def _with_graph(captured, args):
+def _captured(route, model, args):
+    inputs = bind_inputs(model, args)
+    graphs = route.capture(model, inputs)
+    graph = graphs.train if model.training else graphs.eval
+    captured = Capture(graphs.host, graph, graph, (), route.NAME, inputs)
     gm = normalize(GraphModule(captured.host, captured.train))
-    return gm, graph_of(gm, captured, shapes_of(gm, captured, args))
+    return gm, graph_of(gm, captured, shapes_of(gm, captured))
 
 
 class Frozen(fx.Interpreter):
