@@ -582,11 +582,12 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 def test_contenders_that_a_network_cannot_have_are_left_out_and_named(tmp_path):
     inputs, target = torch.randn(100, 3, 8, 8), torch.arange(100) % 10
     split = split_off(DataSet("", inputs, target, inputs, target), "cpu")
-    task = Task("convolutions", split, lambda seed: cnn((3, 4), 8, 10, seed), ACCURACY, "")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))  # its one weight gives the outputs
+    task = Task("linear", split, lambda _: network, ACCURACY, "")
     refused = refusals(plan(tmp_path, contenders=SPARSE_NAMES), task)
     assert set(refused) == {"rows-0.25", "rows-0.1", "both-0.5", "both-0.3", "both-mixed-0.5"}
-    assert "0.weight" in refused["rows-0.1"]
-    with pytest.raises(ValueError, match="convolutions: no weight is left to make sparse"):
+    assert "1.weight" in refused["rows-0.1"]
+    with pytest.raises(ValueError, match="linear: no weight is left to make sparse"):
         refusals(plan(tmp_path, contenders=("rows-0.25", "two-pass-0.3")), task)
 
 
