@@ -48,8 +48,8 @@ def heads_of(graph: WeightGraph) -> set[str]:
     """The weights that give outputs of the model and nothing else."""
     uses = {station: s.weight for station, s in enumerate(graph.stations) if isinstance(s, WeightUse)}
     # A junction alone may lead to an output, such as a mean or a loss.
-    read = torch.cat([graph.leaves(graph.sources(station)) for station in uses]).unique()
-    feeding = set(graph.station_of(read).tolist())
+    read = torch.cat([graph.sources(station) for station in uses])
+    feeding = set(graph.station_of(graph.leaves(read)).tolist())
     inner = {weight for station, weight in uses.items() if station in feeding or station not in graph.heads}
     return {uses[head] for head in graph.heads} - inner
 

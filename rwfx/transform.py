@@ -138,15 +138,17 @@ def transform(
 
     seed = _common_seed() if seed is None else int(seed)
     device = captured.host.get_parameter(lines[0].weight).device
+    # Beside weights on the meta device, which have no data to draw by, what the report reads is still there.
+    home = torch.device("cpu") if device.type == "meta" else device
     if device.type == "cpu":
         native.ready()
 
     def rewritten(kept: Sequence[str]) -> tuple[GraphModule, dict[str, RowNodes], RowSampler]:
-        sampler = sampler_of(policy, graph, kept, seed, densities, resample_every).to(device)
+        sampler = sampler_of(policy, graph, kept, seed, densities, resample_every).to(home)
         sampled, nodes = sample_rows(gm, sampler)
         sparse = sparse_backward(sampled, nodes, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
         if of_examples is not None:
-            sparse = sparse_examples(sparse, ExampleSampler(of_examples, seed).to(device), sampler)
+            sparse = sparse_examples(sparse, ExampleSampler(of_examples, seed).to(home), sampler)
         return verify(read_columns(sparse), model, nodes), nodes, sampler
 
     sparse_gm, nodes, sampler = rewritten(kept)

@@ -220,3 +220,12 @@ def test_weights_inside_layers_of_attention_are_shown_by_torch_export():
 def test_without_example_inputs_they_stay_dense_and_the_report_says_so():
     report = rwfx.transform(Encoder(), 9, break_even=False).report
     assert "layer.self_attn.in_proj_weight" in report.dense
+
+
+def test_a_model_without_data_is_transformed_and_reported():
+    with torch.device("meta"):
+        model, x = Encoder(), torch.randn(4, 5, 6)
+    report = rwfx.transform(model, density=0.5, example_inputs=x).report
+    assert report.route == "torch.export"
+    assert "layer.linear1.weight" in report.sparse
+    assert any("meta device" in note for note in report.notes)
