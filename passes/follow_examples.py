@@ -218,7 +218,10 @@ def _tried(
 
     class Calls(fx.Interpreter):
         def run_node(self, n: Node) -> Any:
-            value = super().run_node(n)
+            if _is_passed_over(gm, n):
+                value = self.fetch_args_kwargs_from_env(n)[0][0]
+            else:
+                value = super().run_node(n)
             if n in calls:
                 # Also where nothing before it is trained.
                 value = value.detach().clone().requires_grad_() if not value.requires_grad else value
@@ -229,14 +232,10 @@ def _tried(
                         leaves[n.name], counted[n.name] = value, len(shape)
             return value
 
-    norms = {path: module for path, module in gm.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
-    training = {path: module.training for path, module in norms.items()}
     # A weight that is zero bars the way to what is behind it, until it is trained.
     zeros = {p: p.detach() == 0 for p in gm.parameters() if p.is_floating_point() and (p == 0).any()}
     with untouched(gm), torch.enable_grad():
         try:
-            for module in norms.values():  # across examples by intention: what goes through it is left out
-                module.training = False
             with torch.no_grad():
                 for p, zero in zeros.items():
                     p.copy_(torch.where(zero, 0.1 * torch.randn_like(p), p))
@@ -244,11 +243,21 @@ def _tried(
             trained = [y for y in leaves.values() if y.requires_grad]
             return _apart(trained, outputs, num_examples, convolutions), counted
         finally:
-            for path, module in norms.items():
-                module.training = training[path]
             with torch.no_grad():
                 for p, zero in zeros.items():
                     p.masked_fill_(zero, 0)
+
+
+# A dropout could hide a way by chance; a batch norm is across examples by intention: what goes through it is left out.
+_PASSED_OVER = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "batch_norm"}
+
+
+def _is_passed_over(gm: GraphModule, node: Node) -> bool:
+    """Whether a trial takes what comes in for what comes out."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
+    return node.op in ("call_function", "call_method") and bare_name(node.target) in _PASSED_OVER
 
 
 def _apart(

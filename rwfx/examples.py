@@ -15,7 +15,8 @@ Where a fraction is asked for it is rounded up to whole examples, and no shape c
 is one of the first dimension of the model's inputs and outputs: a sequence, for a model of sequences. With
 ``unit="token"`` it is one of the first two: a place of a sequence. Where tokens are mixed, in attention, say, all take
 part, whatever ``g`` left zero; the calls between there and the outputs, such as a language model's head and its last
-MLP, compute with the kept tokens alone. Its outputs must then be ``(B, T, ...)`` or ``(B * T, ...)``.
+MLP, compute with the kept tokens alone. Its outputs must then be ``(B, T, ...)`` or ``(B * T, ...)``, and the example
+inputs as long as what is trained on: a window that is longer than they are would not be seen to mix tokens.
 
 Under a batch norm the gradient of a kept example reaches dropped ones, through the statistics that they share. What it
 brings to the weighted calls below is left out with them: the gradient is that of ``g`` zeroed for the dropped examples

@@ -6,7 +6,7 @@ In: a normalized ``GraphModule`` and its weight graph. Out: for each role the we
 *attention*   gives queries, keys or values, or takes what an attention gives.
 *mlp*         is linear and neither: of a transformer, the weights of its MLP blocks.
 
-A *vocabulary* is a head as large as an embedding of the model: a row for each word.
+A *vocabulary* is a head as large as the model's largest embedding: a row for each word.
 """
 
 from collections.abc import Callable, Iterable
@@ -55,19 +55,26 @@ def heads_of(graph: WeightGraph) -> set[str]:
 
 
 def vocabularies_of(host: nn.Module, graph: WeightGraph) -> dict[str, str]:
-    """The heads with a row for every entry of an embedding, and that embedding's weight."""
+    """The heads that are an embedding's weight, or have as many rows as the largest one has entries; with its name."""
     tables = {
-        f"{path}.weight" if path else "weight": module.num_embeddings
+        f"{path}.weight" if path else "weight": module
         for path, module in host.named_modules()
         if isinstance(module, nn.Embedding)
     }
+    # Smaller ones count positions, kinds of tokens, days.
+    most = max((table.num_embeddings for table in tables.values()), default=0)
     found = {}
     for weight in heads_of(graph):
         own = host.get_parameter(weight)
-        for name, entries in tables.items():
-            if host.get_parameter(name) is own or entries == len(own):
+        for name, table in tables.items():
+            tied = table._parameters.get("weight") is own
+            if tied or table.num_embeddings == most == len(own) >= FEWEST_WORDS:
                 found[weight] = name
     return found
+
+
+FEWEST_WORDS = 32
+"""A head of fewer rows is one of classes, also beside an embedding of as many entries."""
 
 
 def _attentions(gm: GraphModule) -> Iterable[Node]:

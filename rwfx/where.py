@@ -75,7 +75,8 @@ def _asks(
     if isinstance(place, str):
         return weight in roles.get(place, ()) or matches(names, place)
     if isinstance(place, type):
-        return any(isinstance(host.get_submodule(path), place) for name in names for path in _paths(name)[1:])
+        around = {path for name in names for path in (*_paths(name)[1:], "")}
+        return any(isinstance(host.get_submodule(path), place) for path in around)
     return any(bool(place(name, host.get_submodule(name.rpartition(".")[0]))) for name in names)
 
 

@@ -36,7 +36,7 @@ def test_a_language_model_is_transformed_with_the_outputs_gradients_and_class_of
     model, batch = make(library)
     model.train()
     twin = copy.deepcopy(model)
-    sparse = rwfx.transform(model, rows=rwfx.Uniform(1.0), break_even=False, example_inputs=batch)
+    sparse = rwfx.transform(model, rows=rwfx.Uniform({"*": 1.0}), break_even=False, example_inputs=batch)
     assert list(sparse.state_dict()) == list(model.state_dict())
     longer = {name: x.repeat(2, 2) if x.dim() == 2 else x.repeat(2) for name, x in batch.items()}
     for given in (batch, longer):

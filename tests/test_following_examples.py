@@ -155,3 +155,38 @@ def test_what_is_remembered_is_float32_whatever_the_default():
             assert {t.dtype for t in sparse.sampler_state().values()} == {torch.int64, torch.float32}
     finally:
         torch.set_default_dtype(before)
+
+
+class Dropped(nn.Module):
+    """A mean over the batch that a dropout takes away, or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head, self.drop = nn.Linear(6, 16), nn.Linear(16, 5), nn.Dropout(0.5)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.head(y + self.drop(torch.ones_like(x[:1, :1])) * y.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_draw_of_a_dropout_hides_from_the_trial_that_examples_are_mixed(seed):
+    torch.manual_seed(seed)
+    sparse = rwfx.transform(Dropped(), examples=0.5, break_even=False, example_inputs=torch.randn(6, 6))
+    assert [note.split()[0] for note in sparse.notes] == ["a.weight"]
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        y = self.a(x)
+        mean, var = self.norm.running_mean, self.norm.running_var
+        return self.head(F.batch_norm(y, mean, var, self.norm.weight, self.norm.bias, self.training))
+
+
+def test_what_goes_through_a_functional_batch_norm_is_left_out_as_well():
+    sparse = rwfx.transform(Normed(), examples=0.5, break_even=False, example_inputs=torch.randn(6, 6))
+    assert sparse.notes == ()

@@ -13,7 +13,7 @@ from rwfx.roles import roles_of, vocabularies_of
 from rwfx.weight_graph import graph_of, shapes_of
 from rwfx.where import asked_for, given_places, matches
 
-B, T, WIDTH, WORDS = 2, 5, 8, 11
+B, T, WIDTH, WORDS = 2, 5, 8, 40
 
 
 class Decoder(nn.Module):
@@ -109,8 +109,27 @@ def test_a_head_with_a_row_for_each_word_is_a_vocabulary(tied):
     gm, graph = graphs(model, IDS)
     head = next(name for name, names in graph.names.items() if "head.weight" in names)
     assert vocabularies_of(gm, graph) == {head: "embed.weight"}
-    classifier = nn.Sequential(nn.Embedding(WORDS, 6), nn.Linear(6, 3))
-    assert vocabularies_of(*graphs(classifier, IDS)) == {}
+
+
+class Sentences(nn.Module):
+    """As many classes as kinds of tokens, or as words."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.words, self.kinds, self.head = nn.Embedding(9, 6), nn.Embedding(2, 6), nn.Linear(6, classes)
+
+    def forward(self, ids):
+        return self.head((self.words(ids) + self.kinds(torch.zeros_like(ids))).mean(1))
+
+
+@pytest.mark.parametrize("classes", [2, 9])
+def test_a_head_of_classes_is_no_vocabulary(classes):
+    assert vocabularies_of(*graphs(Sentences(classes), IDS % 9)) == {}
+
+
+def test_an_embedding_whose_weight_is_computed_is_no_vocabulary():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Embedding(WORDS, 6)), nn.Linear(6, 3))
+    assert vocabularies_of(*graphs(model, IDS)) == {}
 
 
 WEIGHTS = {name: [name] for name in ("body.0.weight", "body.2.weight", "head.weight")}
@@ -130,10 +149,21 @@ def host():
         ("head", ["body.2.weight", "head.weight"]),
         (nn.Linear, ["body.0.weight", "head.weight"]),
         (nn.Sequential, ["body.0.weight", "body.2.weight"]),
+        (nn.ModuleDict, ["body.0.weight", "body.2.weight", "head.weight"]),
         (lambda name, module: isinstance(module, nn.Conv1d), ["body.2.weight"]),
         (["body.0", nn.Conv1d], ["body.0.weight", "body.2.weight"]),
     ],
-    ids=["all", "module", "pattern", "role and name", "class", "class around it", "function", "several"],
+    ids=[
+        "all",
+        "module",
+        "pattern",
+        "role and name",
+        "class",
+        "class around it",
+        "class of the model",
+        "function",
+        "several",
+    ],
 )
 def test_a_place_asks_for_weights(place, wanted):
     places = given_places("include", place)
@@ -178,7 +208,7 @@ def test_the_scores_of_a_vocabulary_are_row_sparse_only_where_they_are_asked_for
     def report(**options):
         return rwfx.transform(Decoder(), example_inputs=IDS, break_even=False, **options).report
 
-    assert "a row for each entry of embed.weight" in report(num_paths=2).dense["head.weight"]
+    assert "as many rows as embed.weight" in report(num_paths=2).dense["head.weight"]
     assert "head.weight" in report(num_paths=2, include=["all", "head"]).sparse
     assert "head.weight" in report(density={"*": 0.5}).sparse
 

@@ -69,7 +69,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
             return found
         closed = found
     if closed is not None:
-        why = f"the weights inside its layers of attention stay dense, as torch.export cannot show them: {failures[-1]}"
+        why = f"weights inside what is called as a whole stay dense, as torch.export cannot show them: {failures[-1]}"
         return replace(closed, notes=(*closed.notes, why))
     name = type(model).__name__
     raise ValueError("\n".join([f"cannot trace {name}:", *(f"- {error}" for error in failures)])) from failures[0]
