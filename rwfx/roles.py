@@ -9,7 +9,7 @@ In: a normalized ``GraphModule`` and its weight graph. Out: for each role the we
 A *vocabulary* is a head as large as the model's largest embedding: a row for each word.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -92,17 +92,17 @@ def _reaches(gm: GraphModule, node: Node, names: set[str]) -> bool:
 def _around(gm: GraphModule, core: Node) -> set[Node]:
     """The weighted calls that an attention reads, and those that read it."""
     products = [user for user in _onward(gm, core, _BETWEEN) if _name(gm, user) in _PRODUCTS]
-    before = _weighted(gm, [core, *products], lambda node: node.all_input_nodes)
+    before = _weighted_before(gm, [core, *products])
     results = products or [core]
     after = {node for result in results for node in _onward(gm, result, _ONWARD) if weight_of(gm, node) is not None}
     return before | after
 
 
-def _weighted(gm: GraphModule, start: list[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    """The first weighted calls on every way from ``start``."""
+def _weighted_before(gm: GraphModule, start: list[Node]) -> set[Node]:
+    """The first weighted calls on every way back from ``start``."""
     found, seen, queue = set(), set(start), list(start)
     while queue:
-        for node in step(queue.pop()):
+        for node in queue.pop().all_input_nodes:
             if node in seen:
                 continue
             seen.add(node)
@@ -128,9 +128,7 @@ def _onward(gm: GraphModule, node: Node, through: set[str]) -> list[Node]:
 def _name(gm: GraphModule, node: Any) -> str:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        if isinstance(module, nn.Softmax):
-            return "softmax"
-        return "dropout" if isinstance(module, nn.Dropout) else operation_of(module)
+        return "softmax" if isinstance(module, nn.Softmax) else operation_of(module)
     if node.op not in ("call_function", "call_method"):
         return ""
     return bare_name(node.target)

@@ -17,7 +17,7 @@ the second is taken if it holds too: it shows them.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from rwfx.capture import exported, symbolic
 from rwfx.capture.allowed import check_model
@@ -30,13 +30,9 @@ __all__ = ["Capture", "CaptureError", "ExampleInputs", "capture", "same_outputs"
 
 
 @dataclass(frozen=True)
-class Capture:
-    """A model as graphs."""
+class Capture(Graphs):
+    """A model as graphs, by the route that held."""
 
-    host: nn.Module
-    train: fx.Graph
-    eval: fx.Graph
-    notes: tuple[str, ...]  # what the graphs do not do that the model does
     route: str  # "symbolic_trace" or "torch.export"
     inputs: ExampleInputs | None = None  # those of the caller, as arguments of forward
 
