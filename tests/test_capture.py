@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import nn
 from torch.testing import assert_close
 
@@ -208,18 +209,7 @@ def test_what_is_no_module_is_refused():
 
 
 def model_with(forward, **parts):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
-            for name, part in parts.items():
-                if isinstance(part, torch.Tensor):
-                    self.register_buffer(name, part)
-                else:
-                    setattr(self, name, part)
-
-    Model.forward = forward
-    return Model()
+    return zoo.model_with(forward, 6, 8, 4, **parts)
 
 
 def test_a_switch_of_gradients_or_autocast_inside_the_forward_is_refused():

@@ -5,6 +5,7 @@ from collections import UserDict
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
@@ -15,18 +16,7 @@ from rwfx.capture.inputs import bind_inputs
 
 
 def module_with(forward, **parts):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
-            for name, part in parts.items():
-                if isinstance(part, torch.Tensor):
-                    self.register_buffer(name, part)
-                else:
-                    setattr(self, name, part)
-
-    Model.forward = forward
-    return Model()
+    return zoo.model_with(forward, 4, 6, 3, **parts)
 
 
 X, Y, MASK = torch.randn(5, 4), torch.zeros(5), torch.ones(5, 4)

@@ -179,3 +179,20 @@ def loss_of(output):
     return sum(
         (leaf * torch.linspace(1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape)).sin().sum() for leaf in leaves
     )
+
+
+def model_with(forward, *widths, **parts):
+    """A model with this forward pass, two layers ``a`` and ``b`` of three widths, and more parts by name."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(*widths[:2]), nn.Linear(*widths[1:])
+            for name, part in parts.items():
+                if isinstance(part, torch.Tensor):
+                    self.register_buffer(name, part)
+                else:
+                    setattr(self, name, part)
+
+    Model.forward = forward
+    return Model()
