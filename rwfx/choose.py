@@ -59,7 +59,8 @@ def lines_of(
         elif densities is not None and weight not in densities:
             reason = "density= does not name it"
             if not isinstance(policy.density, Mapping):
-                reason = "it gives the outputs, whose rows are terms of the loss; a density by name makes it sparse"
+                reason = "it gives the outputs, whose rows are terms of the loss; "
+                reason += 'include= ("head") or a density by name makes it sparse'
         elif of_examples and densities is not None and densities[weight] == 1:
             reason = "its density is 1"
         elif isinstance(policy, TopK) and len(uses) > 1:
@@ -130,11 +131,14 @@ def left_out(
     return reasons | dict.fromkeys(unwanted, "asked for with exclude=")
 
 
-def densities_of(density: Densities | None, graph: WeightGraph) -> dict[str, float | Schedule] | None:
+def densities_of(
+    density: Densities | None, graph: WeightGraph, include: Sequence[Where] = ()
+) -> dict[str, float | Schedule] | None:
     """The density of each weight; None where none is given.
 
-    Not of a weight that a mapping does not name; nor, without a mapping, of one that gives outputs and nothing else:
-    a row of it that is left out is a part of the loss that is left out. meProp (Sun et al. 2017) does the same.
+    Not of a weight that a mapping does not name; nor, without a mapping, of one that gives outputs and nothing else,
+    unless ``include`` has its name or its role: a row of it that is left out is a part of the loss that is left out.
+    meProp (Sun et al. 2017) does the same.
 
     Raises:
         ValueError: a mapping has a name that matches nothing.
@@ -142,7 +146,13 @@ def densities_of(density: Densities | None, graph: WeightGraph) -> dict[str, flo
     if density is None:
         return None
     if not isinstance(density, Mapping):
-        return {weight: density for weight in graph.names.keys() - heads_of(graph)}
+        heads = set() if "head" in include else heads_of(graph)
+        asked = [place for place in include if isinstance(place, str)]
+        return {
+            weight: density
+            for weight, names in graph.names.items()
+            if weight not in heads or any(place != "all" and matches(names, place) for place in asked)
+        }
     found, unused = {}, set(density)
     for weight, names in graph.names.items():
         matching = [pattern for pattern in density if matches(names, pattern)]

@@ -56,7 +56,8 @@ def transform(
 
     The result is a ``torch.fx.GraphModule`` with the model's call signature. It shares the model's parameters and
     buffers, has the same ``state_dict`` keys, and its forward pass is the model's own, bit for bit. At every
-    training forward it draws a row set ``R`` for each linear weight, and with ``g = dL/dy`` its backward is
+    training forward it draws a row set ``R`` for each weight of a linear call or a convolution, and with ``g = dL/dy``
+    the backward of ``y = x @ W.T + b`` is
 
         dx = g[..., R] @ W[R]      dW[R] = g[..., R].T @ x      db[R] = g[..., R].sum(0)      zero elsewhere.
 
@@ -101,8 +102,8 @@ def transform(
             on them.
 
     Raises:
-        TypeError, ValueError: an argument is not allowed, the model cannot be traced, has no linear weight, or no
-            weight is left to make sparse. Nothing has been changed then.
+        TypeError, ValueError: an argument is not allowed, the model cannot be captured, has no linear weight
+            or convolution, or no weight is left to make sparse. Nothing has been changed then.
     """
     of_examples = None if examples is None else example_policy(examples)
     policy = _policy(rows, num_paths, density, of_examples)
@@ -126,7 +127,7 @@ def transform(
     gm = normalize(GraphModule(captured.host, captured.train))
     shapes = shapes_of(gm, captured)
     graph = graph_of(gm, captured, shapes)
-    densities = densities_of(policy.density, graph)
+    densities = densities_of(policy.density, graph, included)
     unasked = left_out(gm, graph, captured, included, excluded, policy.density)
     lines = lines_of(gm, graph, captured, unasked, grad, policy, densities, of_examples is not None, shapes)
     kept = [line.weight for line in lines if not line.dense_because]

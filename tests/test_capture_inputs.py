@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import rwfx
-from rwfx.capture import capture
+from rwfx.capture import capture, untouched
 from rwfx.capture.inputs import bind_inputs
 
 
@@ -204,6 +204,20 @@ def test_a_buffer_that_is_assigned_is_written_and_an_attribute_is_reported():
     for _ in range(3):
         assert_close(graph(X), twin(X), rtol=0, atol=0)
     assert_close(model.mean, twin.mean, rtol=0, atol=0)
+
+
+def test_a_look_at_a_forward_that_puts_other_buffers_in_place_leaves_the_model_s_own_as_they_were():
+    def filling(self, x):
+        self.mean.add_(1)
+        self.mean = torch.ones(4)
+        self.register_buffer("last", x)
+        return one(self, x)
+
+    model = module_with(filling, mean=torch.zeros(4))
+    mean = model.mean
+    with untouched(model):
+        model(X)
+    assert torch.equal(mean, torch.zeros(4))
 
 
 def test_hooks_that_an_exported_graph_cannot_keep_are_reported():

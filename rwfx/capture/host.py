@@ -48,14 +48,15 @@ def set_mode(module: nn.Module, train: bool) -> None:
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Run ``module`` for a look: its buffers and the global random streams are put back afterwards."""
-    kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    # The tensors, not their names: a forward pass may put others there.
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = sorted({t.device.index for t in module.parameters() if t.device.type == "cuda"})
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            for name, buffer in module.named_buffers():
-                buffer.copy_(kept[name])
+            for buffer, before in kept:
+                buffer.copy_(before)
 
 
 class Constants:
