@@ -21,6 +21,7 @@ from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.sparse_backward import SPARSE
 from rwfx.policies import Densities, Magnitude, Policy, TopK
+from rwfx.readers import no_call_because
 from rwfx.report import Line
 from rwfx.roles import heads_of, roles_of, vocabularies_of
 from rwfx.sampler import RowSampler
@@ -86,7 +87,7 @@ def lines_of(
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
-            reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
+            reason = no_call_because(gm, parameter, owner)
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
     return tuple(lines)
 
