@@ -11,12 +11,17 @@ from rwfx.passes.parameters import parameter_of
 from rwfx.weight_views import VIEWS
 
 
+PASSED_ON = VIEWS | {"squeeze", "unsqueeze", "reshape", "contiguous", "clone", "to", "float", "type"}
+"""The operations that are not named: what reads their output is."""
+
+
 def no_call_because(gm: GraphModule, parameter: nn.Parameter, owner: str) -> str:
-    """Say what reads ``parameter``, which belongs to a module of the class ``owner``; a view of it is not named."""
+    """Say what reads ``parameter``, which belongs to a module of the class ``owner``."""
     readers = dict.fromkeys(name for node in gm.graph.nodes for name in _readers(gm, node, parameter))
     if not readers:
         return f"the forward pass does not use it (it belongs to {owner})"
-    return f"{' and '.join(readers)}: no plain linear call or convolution uses it (it belongs to {owner})"
+    does = "uses it, as no" if len(readers) == 1 else "use it, as no"
+    return f"{' and '.join(readers)} {does} plain linear call or convolution does (it belongs to {owner})"
 
 
 def _readers(gm: GraphModule, node: Node, parameter: nn.Parameter) -> list[str]:
@@ -31,5 +36,5 @@ def _users(node: Node) -> list[str]:
     found = []
     for user in node.users:
         name = "the output" if user.op == "output" else bare_name(user.target)
-        found += _users(user) if name in VIEWS else [name]
+        found += _users(user) if name in PASSED_ON else [name]
     return found

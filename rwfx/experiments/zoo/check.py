@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -25,7 +26,7 @@ from rwfx.sparse_module import SparseModule
 SEED = 1
 ROWS = rwfx.Uniform({"*": 0.3})
 """Of every weight, also of those that give outputs."""
-PRODUCTS = re.compile(r"(.* and )?(einsum|matmul|mm|bmm|addmm|baddbmm|grouped_mm\w*)( and |:)")
+PRODUCTS = re.compile(r"(.* and )?(einsum|matmul|mm|bmm|addmm|baddbmm|grouped_mm\w*)( and .*)? uses? it")
 """How the report's reason begins for a parameter that a product reads which is no linear call."""
 
 
@@ -128,7 +129,7 @@ def graphs_of(sparse: SparseModule, inputs: Any) -> int:
     torch._dynamo.reset()
     try:
         call(torch.compile(sparse, fullgraph=True, backend="eager"), inputs)
-    except torch._dynamo.exc.TorchDynamoException:
+    except TorchDynamoException:
         torch._dynamo.reset()
         explained: Any = torch._dynamo.explain(lambda: call(sparse, inputs))()
         return explained.graph_count
