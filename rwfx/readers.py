@@ -10,7 +10,6 @@ from rwfx.label_rules import bare_name
 from rwfx.passes.parameters import parameter_of
 from rwfx.weight_views import VIEWS
 
-
 PASSED_ON = VIEWS | {"squeeze", "unsqueeze", "reshape", "contiguous", "clone", "to", "float", "type"}
 """The operations that are not named: what reads their output is."""
 
