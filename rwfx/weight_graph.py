@@ -5,6 +5,7 @@ junctions where rows are added, and the heads, where walks start. It holds names
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 
 from rwfx.capture import Capture, capture, untouched
@@ -189,7 +190,11 @@ def shapes_of(gm: GraphModule, captured: Capture) -> dict[str, torch.Size] | Non
 
     class Shapes(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
+            read = [self.env[node] for node in n.all_input_nodes]
+            # What no input is in has data, and may be read as a number.
+            known = n.op == "call_function" and not any(isinstance(value, FakeTensor) for value in read)
+            with unset_fake_temporarily() if known else nullcontext():
+                value = super().run_node(n)
             if isinstance(value, Tensor):
                 shapes[n.name] = value.shape
             return value

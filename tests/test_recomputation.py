@@ -1,4 +1,4 @@
-"""Where activations are computed again in the backward pass (torch.utils.checkpoint), the draws are those of the forward."""
+"""Where a forward pass is computed again (torch.utils.checkpoint), its draws are those of the first time."""
 
 import copy
 
