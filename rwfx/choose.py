@@ -87,13 +87,15 @@ def lines_of(
         features = tensor.numel() // num_rows if num_rows else 0
         found = [_places(calls[use.node], shapes) for use in uses]
         places = None if None in found else sum(p for p in found if p is not None) / len(found)
-        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason, places=places))
+        size = parameter.element_size()
+        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason, places=places, itemsize=size))
     used = {graph.parameter(weight) for weight in graph.names}
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and name not in used:
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
             reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
-            lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
+            size = parameter.element_size()
+            lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason, itemsize=size))
     return tuple(lines)
 
 
@@ -186,6 +188,17 @@ def with_sources(lines: Sequence[Line], gm: GraphModule, rows: Mapping[str, RowN
     return tuple(replace(line, sources=tuple(sources.get(line.weight, ()))) for line in lines)
 
 
+def with_expected(
+    lines: Sequence[Line], gm: GraphModule, graph: WeightGraph, sampler: RowSampler
+) -> tuple[Line, ...]:
+    """The lines with how many rows of each weight ``sampler`` is expected to keep."""
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    weights = [graph.tensor(name, parameters).detach() for name in sampler.crossed]
+    # Weights on the meta device cannot be walked by: the walks that are expected of them step uniformly anyway.
+    kept = sampler.expected_rows([torch.ones(()).expand(w.shape) if w.is_meta else w for w in weights])
+    return tuple(replace(line, expected=kept.get(line.weight)) for line in lines)
+
+
 def with_followers(lines: Sequence[Line], gm: GraphModule) -> tuple[Line, ...]:
     """The lines, with the weights marked whose calls follow the examples (``rwfx.passes.follow_examples``)."""
     calls: dict[str, list[bool]] = {}
@@ -207,20 +220,18 @@ def weigh(
 ) -> tuple[Line, ...]:
     """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
 
-    ``sampler`` is what draws the rows of the weights of ``lines`` where all of them are row-sparse; ``gm``, ``graph``
-    and ``shapes`` are of the model before that. ``examples`` is the share of the batch that takes part in the backward
+    ``sampler`` is what draws the rows of the weights of ``lines`` where all of them are row-sparse, and the lines have
+    what is expected of it; ``gm``, ``graph`` and ``shapes`` are of the model before that. ``examples`` is the share of the batch that takes part in the backward
     of the calls that leave examples out. A convolution whose shapes are not known is not weighed.
     """
     calls = {node.name: node for node in gm.graph.nodes}
-    parameters = dict(gm.named_parameters(remove_duplicate=False))
-    kept = sampler.expected_rows([graph.tensor(name, parameters) for name in sampler.crossed])
     candidates = []
     for line in lines:
         if line.dense_because or line.places is None:
             continue
         uses = [use for use in graph.uses if use.weight == line.weight]
         batch = max(_batch(use, calls[use.node], shapes) for use in uses) if shapes else model.batch_size
-        shape = line.rows, line.features, kept[line.weight]
+        shape = line.rows, line.features, line.expected or 0.0
         how = line.sources, grad == "dense", dx == "full", examples if line.leaves_examples else 1.0
         groups = uses[0].groups if calls[uses[0].node].target in CONVOLUTIONS else 0
         candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how, groups))
@@ -235,7 +246,7 @@ def weigh(
         if costs is None or line.weight in paying:
             weighed.append(replace(line, costs=costs))
             continue
-        reason = f"it would not pay ({kept[line.weight]:.0f} of {line.rows} rows expected, predicted"
+        reason = f"it would not pay ({line.expected:.0f} of {line.rows} rows expected, predicted"
         reason += f" {1e6 * costs.sparse:.0f} us against {1e6 * costs.dense:.0f} us dense)"
         if costs.sparse < costs.dense:
             reason = "drawing rows would cost more than all row-sparse backwards save"

@@ -55,7 +55,7 @@ class SparseModule(GraphModule):
             kept = {}
         settings = self.settings
         about = settings["mode"], settings["dx"], settings["rows"], kept, self.notes
-        return Report(self.lines, *about, settings["examples"], self.examples, settings["route"])
+        return Report(self.lines, *about, settings["examples"], self.examples, settings["route"], settings["grad"])
 
     def sampler_state(self) -> dict[str, Tensor]:
         """The row sampler's random stream, last draw and memory: with ``state_dict`` all for an exact resume."""

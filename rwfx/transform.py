@@ -17,7 +17,7 @@ from rwfx import native
 from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
 from rwfx.capture import Capture, ExampleInputs, capture, same_outputs, shared_copy
-from rwfx.choose import densities_of, left_out, lines_of, weigh, with_followers, with_sources
+from rwfx.choose import densities_of, left_out, lines_of, weigh, with_expected, with_followers, with_sources
 from rwfx.draws import sampler_of, starts_at_loss
 from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import ExamplePolicy, TopExamples, example_policy, expected_fraction
@@ -153,7 +153,7 @@ def transform(
         return verify(read_columns(sparse), model, nodes), nodes, sampler
 
     sparse_gm, nodes, sampler = rewritten(kept)
-    lines = with_sources(lines, sparse_gm, nodes)
+    lines = with_expected(with_sources(lines, sparse_gm, nodes), gm, graph, sampler)
     costs = _cost_model(break_even, device.type, mode)
     if costs is not None:
         share = 1.0 if of_examples is None else expected_fraction(of_examples)
