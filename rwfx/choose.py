@@ -22,6 +22,7 @@ from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.sparse_backward import SPARSE
 from rwfx.passes.weights import weights_of
 from rwfx.policies import Densities, Magnitude, Policy, TopK
+from rwfx.readers import no_call_because
 from rwfx.report import Line
 from rwfx.roles import heads_of, roles_of, vocabularies_of
 from rwfx.sampler import RowSampler
@@ -93,7 +94,7 @@ def lines_of(
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and name not in used:
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
-            reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
+            reason = no_call_because(gm, parameter, owner)
             size = parameter.element_size()
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason, itemsize=size))
     return tuple(lines)
@@ -188,9 +189,7 @@ def with_sources(lines: Sequence[Line], gm: GraphModule, rows: Mapping[str, RowN
     return tuple(replace(line, sources=tuple(sources.get(line.weight, ()))) for line in lines)
 
 
-def with_expected(
-    lines: Sequence[Line], gm: GraphModule, graph: WeightGraph, sampler: RowSampler
-) -> tuple[Line, ...]:
+def with_expected(lines: Sequence[Line], gm: GraphModule, graph: WeightGraph, sampler: RowSampler) -> tuple[Line, ...]:
     """The lines with how many rows of each weight ``sampler`` is expected to keep."""
     parameters = dict(gm.named_parameters(remove_duplicate=False))
     weights = [graph.tensor(name, parameters).detach() for name in sampler.crossed]
@@ -221,8 +220,9 @@ def weigh(
     """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
 
     ``sampler`` is what draws the rows of the weights of ``lines`` where all of them are row-sparse, and the lines have
-    what is expected of it; ``gm``, ``graph`` and ``shapes`` are of the model before that. ``examples`` is the share of the batch that takes part in the backward
-    of the calls that leave examples out. A convolution whose shapes are not known is not weighed.
+    what is expected of it; ``gm``, ``graph`` and ``shapes`` are of the model before that. ``examples`` is the share of
+    the batch that takes part in the backward of the calls that leave examples out. A convolution whose shapes are not
+    known is not weighed.
     """
     calls = {node.name: node for node in gm.graph.nodes}
     candidates = []

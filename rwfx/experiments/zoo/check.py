@@ -25,8 +25,8 @@ from rwfx.sparse_module import SparseModule
 SEED = 1
 ROWS = rwfx.Uniform({"*": 0.3})
 """Of every weight, also of those that give outputs."""
-UNEXPLAINED = "no plain linear call or convolution uses it"
-"""How the report's reason begins for a weight of which it knows no more."""
+PRODUCTS = re.compile(r"(.* and )?(einsum|matmul|mm|bmm|addmm|baddbmm|grouped_mm\w*)( and |:)")
+"""How the report's reason begins for a parameter that a product reads which is no linear call."""
 
 
 def check(entry: Entry) -> Record:
@@ -81,6 +81,7 @@ def account(model: nn.Module, sparse: SparseModule) -> dict[str, Any]:
     # A weight by its first name, as the report has it.
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     weights = {line.weight for line in report.lines if line.calls}
+    weights |= {line.weight for line in report.lines if PRODUCTS.match(line.dense_because)}
     weights |= {names[id(weight)] for module in model.modules() for weight in _weights_of(module)}
     reasons = {name: reason for name, reason in report.dense.items() if name in weights}
     counted = Counter(_shortened(reason) for reason in reasons.values())
@@ -88,7 +89,7 @@ def account(model: nn.Module, sparse: SparseModule) -> dict[str, Any]:
         "route": report.route,
         "weights": len(weights),
         "sparse": len(weights.intersection(report.sparse)),
-        "dense": sum(not reason.startswith(UNEXPLAINED) for reason in reasons.values()),
+        "dense": len(reasons),
         "reasons": "; ".join(f"{count} {reason}" for reason, count in counted.most_common()),
         "notes": "; ".join(report.notes),
         "state_dict": _same(list(model.state_dict()), list(sparse.state_dict())),
@@ -151,7 +152,7 @@ def _difference(ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor |
     Numbers below a millionth of the largest of all are taken for sums that cancel, as before a batch norm.
     """
     sizes = {name: float(g.abs().max()) for name, g in theirs.items() if g is not None and g.numel()}
-    least = 1e-6 * max(sizes.values())
+    least = 1e-6 * max(sizes.values()) or 1.0
     found = {
         name: float(_minus(ours[name], theirs[name]).abs().max()) / max(size, least) for name, size in sizes.items()
     }
@@ -173,8 +174,6 @@ def _weights_of(module: nn.Module) -> list[nn.Parameter]:
         named = [module._parameters.get("weight")]
     elif isinstance(module, nn.MultiheadAttention):
         named = [module.in_proj_weight]
-    elif type(module).__name__.endswith("Experts"):
-        named = [p for p in module.parameters(recurse=False) if p.dim() == 3]
     else:
         named = []
     return [weight for weight in named if weight is not None]
