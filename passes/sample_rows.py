@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule
 
 from rwfx.draws import TopKSampler
+from rwfx.passes.weights import weights_of
 from rwfx.sampler import RowSampler
 from rwfx.walk import WalkSampler
 
@@ -39,7 +40,11 @@ def sample_rows(gm: GraphModule, sampler: RowSampler) -> tuple[GraphModule, dict
     first = next(node for node in graph.nodes if node.op != "placeholder")
     rows = {}
     with graph.inserting_before(first):
-        weights = tuple(graph.get_attr(name) for name in sampler.crossed)
+        views = {of.name: of for of in weights_of(sampled).values()}
+        weights = tuple(
+            views[name].view.node(graph, views[name].parameter) if name in views else graph.get_attr(name)
+            for name in sampler.crossed
+        )
         drawn = graph.call_module(SAMPLER, weights)
 
         def item(k: int, name: str) -> str:

@@ -10,9 +10,10 @@ from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
 from rwfx.passes.conv_spellings import TRANSPOSED
-from rwfx.passes.normalize import CONVOLUTIONS, weight_of
+from rwfx.passes.normalize import CONVOLUTIONS
 from rwfx.passes.parameters import parameter_of
 from rwfx.passes.sample_rows import RowNodes
+from rwfx.passes.weights import weights_of
 
 # Which operator computes the backward of a call on rows alone, and which masks a dense one. The two tables are
 # the list of what can be sparse: to support one more call is to write its operators and add its line.
@@ -41,11 +42,7 @@ def sparse_backward(
     rewritten = GraphModule(gm, copy.deepcopy(gm.graph))
     graph = rewritten.graph
     nodes = {node.name: node for node in graph.nodes}
-    names = {id(p): name for name, p in reversed(list(rewritten.named_parameters(remove_duplicate=False)))}
-    calls = []
-    for node in graph.nodes:
-        if (weight := weight_of(rewritten, node)) is not None and node.target in rules:
-            calls.append((node, names[id(weight)]))
+    calls = [(node, of.name) for node, of in weights_of(rewritten).items() if node.target in rules]
     kept: dict[Any, Node] = {}
     for node, weight in calls:
         if weight not in rows:

@@ -150,7 +150,7 @@ def transform(
         raise ValueError(f"no weight is left to make sparse ({reasons}).")
 
     seed = _common_seed() if seed is None else int(seed)
-    device = captured.host.get_parameter(lines[0].weight).device
+    device = captured.host.get_parameter(graph.parameter(lines[0].weight)).device
     # Beside weights on the meta device, which have no data to draw by, what the report reads is still there.
     home = torch.device("cpu") if device.type == "meta" else device
     if device.type == "cpu":

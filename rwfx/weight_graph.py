@@ -5,14 +5,15 @@ junctions where rows are added, and the heads, where walks start. It holds names
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 
 from rwfx.capture import Capture, capture, untouched
@@ -20,7 +21,9 @@ from rwfx.capture.structure import leaves_of, rebuilt
 from rwfx.capture.tape import SHAPE
 from rwfx.labels import follow_rows
 from rwfx.passes.normalize import normalize
+from rwfx.passes.weights import Weight, weights_of
 from rwfx.stations import Junction, WeightUse, leaves
+from rwfx.weight_views import View
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class WeightGraph:
     heads: dict[int, Tensor]  # station of an output weight -> the int64 ids that reach an output
     names: dict[str, tuple[str, ...]]  # weight -> all its names, in execution order of the first use
     notes: tuple[str, ...] = ()  # operations that could only be followed roughly
+    weights: dict[str, Weight] = field(default_factory=dict)  # those of ``names`` that are views of parameters
 
     def __len__(self) -> int:
         """The number of ids."""
@@ -49,6 +53,15 @@ class WeightGraph:
     def station_of(self, ids: Tensor) -> Tensor:
         """The number of the station that each id belongs to; -1 for -1."""
         return torch.bucketize(ids, self.bases, right=True) - 1
+
+    def parameter(self, weight: str) -> str:
+        """The name of the parameter that a weight is, or is a view of."""
+        return self.weights[weight].parameter if weight in self.weights else weight
+
+    def tensor(self, weight: str, parameters: Mapping[str, Tensor]) -> Tensor:
+        """A weight as a tensor, given the parameters by name."""
+        parameter = parameters[self.parameter(weight)]
+        return self.weights[weight].view.of(parameter) if weight in self.weights else parameter
 
     def rows(self, weight: str) -> int:
         """How many rows a weight has."""
@@ -161,8 +174,13 @@ def graph_of(gm: GraphModule, captured: Capture, shapes: Mapping[str, torch.Size
         raise ValueError("no row of a weight reaches an output of the model, so no walk can start.")
     station = graph.station_of(ids)
     heads = {int(s): ids[station == s] for s in station.unique()}
-    weights = dict.fromkeys(use.weight for use in graph.uses)
-    return WeightGraph(trail.stations, heads, {w: tuple(aliases[w]) for w in weights}, trail.notes)
+    views = {of.name: of for of in weights_of(gm).values() if of.view != View()}
+    weights: dict[str, tuple[str, ...]] = {}
+    for weight in dict.fromkeys(use.weight for use in graph.uses):
+        whole = views[weight].parameter if weight in views else weight
+        part = weight.removeprefix(whole)
+        weights[weight] = tuple(alias + part for alias in aliases[whole])
+    return WeightGraph(trail.stations, heads, weights, trail.notes, views)
 
 
 def shapes_of(gm: GraphModule, captured: Capture) -> dict[str, torch.Size] | None:
@@ -176,7 +194,11 @@ def shapes_of(gm: GraphModule, captured: Capture) -> dict[str, torch.Size] | Non
 
     class Shapes(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
+            read = [self.env[node] for node in n.all_input_nodes]
+            # What no input is in has data, and may be read as a number.
+            known = n.op == "call_function" and not any(isinstance(value, FakeTensor) for value in read)
+            with unset_fake_temporarily() if known else nullcontext():
+                value = super().run_node(n)
             if isinstance(value, Tensor):
                 shapes[n.name] = value.shape
             return value

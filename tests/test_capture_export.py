@@ -229,3 +229,25 @@ def test_a_model_without_data_is_transformed_and_reported():
     assert report.route == "torch.export"
     assert "layer.linear1.weight" in report.sparse
     assert any("meta device" in note for note in report.notes)
+
+
+class CountedDown(nn.Module):
+    """The ceiling of a quotient says how many places there are, and the table is cut at a tensor's number."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(12, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1], 0, -1.0, dtype=x.dtype)
+        longest = torch.tensor(x.shape[1])
+        near = self.table.weight[6 - longest : 6 + longest].sum(0)
+        return self.head(x * places[None, :, None] + near)
+
+
+@pytest.mark.parametrize("length", [5, 3])
+def test_lengths_that_are_computed_in_floating_point_or_in_tensors_stay_free(length):
+    model = CountedDown()
+    sparse = rwfx.transform(model, rows=rwfx.Uniform({"*": 0.5}), break_even=False, example_inputs=torch.randn(2, 5, 4))
+    x = torch.randn(3, length, 4)
+    assert_close(sparse(x), model(x), rtol=0, atol=0)

@@ -7,7 +7,7 @@
 import ast
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -70,7 +70,7 @@ def _is_implied(part: ast.expr, given: Sequence[fx.Node], program: ExportedProgr
 def _value_of(tree: ast.expr, scope: Mapping[str, Any]) -> Any:
     expression = ast.fix_missing_locations(ast.Expression(_AsArithmetic().visit(tree)))
     return eval(
-        compile(expression, "<condition>", "eval"), {"torch": torch, "math": math, "_not": operator.not_, **scope}
+        compile(expression, "<condition>", "eval"), {"torch": torch, "math": _Math(), "_not": operator.not_, **scope}
     )
 
 
@@ -103,6 +103,23 @@ class _Sizes:
             size = self.graph.call_function(torch.ops.aten.sym_size.int, (self.node, dim))
             self.read[dim] = fx.Proxy(size, self.tracer)
         return self.read[dim]
+
+
+class _Math:
+    """The module ``math``, whose functions of a proxy are calls in its graph."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(math, name)
+
+        def traced(*numbers: Any) -> Any:
+            proxy = next((x for x in numbers if isinstance(x, fx.Proxy)), None)
+            return (
+                function(*numbers)
+                if proxy is None
+                else proxy.tracer.create_proxy("call_function", function, numbers, {})
+            )
+
+        return traced
 
 
 class _AsArithmetic(ast.NodeTransformer):

@@ -20,6 +20,8 @@ from rwfx.experiments.policies import plan as policies_plan
 from rwfx.experiments.policies import run as policies
 from rwfx.experiments.speed import run as speed
 from rwfx.experiments.speed.plan import DTYPES, PARTS, SIZES, Plan, Size, read_parts, read_size
+from rwfx.experiments.zoo import plan as zoo_plan
+from rwfx.experiments.zoo import run as zoo
 from rwfx.train import OPTIMIZERS
 
 WALK_OPTIONS: dict[str, Callable[[str], Any]] = {"temperature": float, "epsilon": float, "min_rows": int}
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_speed(commands)
     _add_policies(commands)
     _add_frontier(commands)
+    _add_zoo(commands)
     options = parser.parse_args(arguments)
     try:
         if options.threads is not None:
@@ -289,3 +292,29 @@ def _run_frontier(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in known}
     plan = frontier_plan.Plan(**given, transform_options=_given(options, TRANSFORM_OPTIONS))
     frontier.run(plan, progress=not options.quiet)
+
+
+def _add_zoo(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "zoo",
+        help="models of torchvision, timm and Hugging Face, transformed and compared with themselves",
+        description=zoo.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan = zoo_plan.Plan()
+    lists: Lists = {
+        "suites": (names, f"of {','.join(plan.suites)}"),
+        "models": (names, "names of models, where * matches any letters"),
+    }
+    _add_lists(command, lists, plan, every=("suites", "models"))
+    command.add_argument("--limit", type=float, default=plan.limit, help="seconds for a model (default: 900)")
+    command.add_argument("--again", action="store_true", help="also what is written down with a problem")
+    command.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--out", type=Path, default=plan.out, help=f"default: {plan.out}")
+    command.set_defaults(run=_run_zoo)
+
+
+def _run_zoo(options: argparse.Namespace) -> None:
+    plan = zoo_plan.Plan(**{column.name: getattr(options, column.name) for column in fields(zoo_plan.Plan)})
+    zoo.run(plan, progress=not options.quiet)

@@ -1,0 +1,101 @@
+"""The gradients that row sets should give, by plain autograd on the model as it is.
+
+In: a model, and the row set of each row-sparse weight. While ``MaskedCalls`` is entered, the gradient of the output of
+every call on such a weight is zeroed outside the weight's row set; all else is dense autograd. It knows nothing of
+graphs: a call is met when torch makes it.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class MaskedCalls(TorchFunctionMode):
+    """Masks the calls on the weights of ``rows``; ``met`` collects their names.
+
+    ``rounded``: whether a call gave float32 numbers that need a gradient.
+    """
+
+    def __init__(self, model: nn.Module, rows: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.weights = {parameters[name].untyped_storage().data_ptr(): (name, parameters[name]) for name in rows}
+        self.rows = rows
+        self.met: set[str] = set()
+        self.rounded = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, and hook its output where it is a call on one of the weights."""
+        out = func(*args, **(kwargs or {}))
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            return out
+        self.rounded |= out.dtype == torch.float32
+        if func in CALLS:
+            weight, dim = CALLS[func](*args, **(kwargs or {}))
+            mask = self._mask(weight, out.shape[dim], func in TRANSPOSED)
+            if mask is not None:
+                mask = mask.view(-1, *[1] * (-1 - dim)).to(out)
+                out.register_hook(lambda g: g * mask)
+        return out
+
+    def _mask(self, weight: Any, rows: int, transposed: bool) -> Tensor | None:
+        """Which of the output's features are kept; None where they do not come from one of the weights."""
+        if not isinstance(weight, Tensor):
+            return None
+        found = self.weights.get(weight.untyped_storage().data_ptr())
+        if found is None:
+            return None
+        name, parameter = found
+        self.met.add(name)
+        first = 0
+        if not transposed:
+            # A view on some of the rows, or on the transpose: where its first number lies says which rows they are.
+            first = (weight.storage_offset() - parameter.storage_offset()) // max(weight.stride(0), 1)
+        return torch.isin(torch.arange(first, first + rows), self.rows[name])
+
+
+@contextmanager
+def masked_calls(model: nn.Module, rows: Mapping[str, Tensor]) -> Iterator[MaskedCalls]:
+    """Enter ``MaskedCalls``, such that it sees the calls inside of ``torch.nn.functional``'s own functions too."""
+    with ExitStack() as stack:
+        for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+            stack.enter_context(mock.patch.object(F, name, return_value=False))
+        yield stack.enter_context(MaskedCalls(model, rows))
+
+
+def _weighted(dim: int) -> Callable[..., tuple[Any, int]]:
+    def operands(input: Any, weight: Any, *rest: Any, **options: Any) -> tuple[Any, int]:
+        return weight, dim
+
+    return operands
+
+
+def _product(a: Any, b: Any, **options: Any) -> tuple[Any, int]:
+    return b.t() if isinstance(b, Tensor) and b.dim() == 2 else None, -1
+
+
+def _addmm(bias: Any, a: Any, b: Any, **options: Any) -> tuple[Any, int]:
+    return _product(a, b)
+
+
+TRANSPOSED = {F.conv_transpose1d: -2, F.conv_transpose2d: -3, F.conv_transpose3d: -4}
+CALLS: dict[Any, Callable[..., tuple[Any, int]]] = {
+    F.linear: _weighted(-1),
+    F.conv1d: _weighted(-2),
+    F.conv2d: _weighted(-3),
+    F.conv3d: _weighted(-4),
+    **{function: _weighted(dim) for function, dim in TRANSPOSED.items()},
+    **dict.fromkeys((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, operator.matmul), _product),
+    **dict.fromkeys((torch.Tensor.__matmul__,), _product),
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
+}
+"""The functions that may be called on a weight: the weight, its rows first, and the output's dimension of features."""
