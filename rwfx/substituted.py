@@ -21,6 +21,7 @@ from rwfx.row_calls import RowSparse, StepRows, can_be_row_sparse
 from rwfx.sampler import RowSampler
 from rwfx.transformed import Transformed
 from rwfx.weight_graph import WeightGraph
+from rwfx.weight_views import View
 
 
 class SubstitutedModule(Transformed, Derived):
@@ -30,6 +31,7 @@ class SubstitutedModule(Transformed, Derived):
     are on a weight, share them. Otherwise it is the dense model.
     """
 
+    _crossed: tuple[tuple[str, View], ...]  # the parameters that the sampler looks at, and as what
     _steps: dict[str, StepRows]  # by weight, in the sampler's order
     _seen: dict[str, list[str]]  # for each use of a weight the buffer that its call is to write; empty: none
     _seen_all: bool
@@ -46,7 +48,7 @@ class SubstitutedModule(Transformed, Derived):
             for step in self._steps.values():
                 step.rows = None
             return
-        drawn = sampler(*[self.get_parameter(name) for name in sampler.crossed])
+        drawn = sampler(*[view.of(self.get_parameter(name)) for name, view in self._crossed])
         for k, (name, step) in enumerate(self._steps.items()):
             step.rows = drawn[k]
             step.scale = drawn[len(self._steps) + k] if sampler.unbiased else None
@@ -76,8 +78,10 @@ def substitute(
             RowSparse.derive(module).__dict__.update(step_rows=step, bias_name=f"{path}.bias")
     seen, seen_all = observed(sampler)
     by_use = {name: [seen.get(use.node, "") for use in graph.uses if use.weight == name] for name in steps}
+    views = {name: of.view for name, of in graph.weights.items()}
+    crossed = tuple((graph.parameter(name), views.get(name, View())) for name in sampler.crossed)
     substituted = SubstitutedModule.derive(host)
-    substituted.__dict__.update(about, _steps=steps, _seen=by_use, _seen_all=seen_all)
+    substituted.__dict__.update(about, _crossed=crossed, _steps=steps, _seen=by_use, _seen_all=seen_all)
     substituted._modules[SAMPLER] = sampler
     return substituted
 
@@ -92,8 +96,10 @@ def read_elsewhere(gm: GraphModule, graph: WeightGraph, host: nn.Module) -> dict
     for use in graph.uses:
         about: Mapping[str, Any] = calls[use.node].meta
         module = None if about.get(MODULE) is None else host.get_submodule(about[MODULE])
-        own = module is not None and module._parameters.get("weight") is host.get_parameter(use.weight)
-        if module is None or not own or not can_be_row_sparse(module):
+        is_own = module is not None and module._parameters.get("weight") is host.get_parameter(
+            graph.parameter(use.weight)
+        )
+        if use.weight in graph.weights or module is None or not is_own or not can_be_row_sparse(module):
             found.setdefault(use.weight, f"it is read outside of its module's forward, at {about.get(PLACE)}")
     return found
 

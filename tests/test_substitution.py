@@ -37,12 +37,13 @@ class Branching(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 5)
         self.packed, self.never = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.sliced = nn.Linear(5, 10)
 
     def forward(self, x, scale=1.0):
         h = F.relu(self.a(x)) * scale
         for _ in range(int(x[0, 0] > 0) + int(x[0, 1] > 0)):
             h = h + torch.tanh(self.b(h))
-        y = F.linear(self.c(h), self.packed.weight)
+        y = F.linear(F.linear(self.c(h), self.packed.weight), self.sliced.weight[5:])
         return self.never(y) if x.sum() > 1e6 else y
 
 
@@ -154,9 +155,10 @@ def test_in_eval_mode_and_without_gradients_it_is_the_dense_model_and_draws_noth
 
 def test_what_stays_dense_is_named_with_its_reason():
     dense = transformed(Branching().double(), num_paths=3).report.dense
-    assert dense.keys() == {"packed.weight", "never.weight"}
+    assert dense.keys() == {"packed.weight", "sliced.weight[5:10]", "never.weight"}
     line = next(k for k, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "self.packed.weight)" in text)
     assert dense["packed.weight"] == f"it is read outside of its module's forward, at {__file__}:{line}"
+    assert dense["sliced.weight[5:10]"] == dense["packed.weight"]
     assert "no plain linear call or convolution uses it" in dense["never.weight"]
 
 
