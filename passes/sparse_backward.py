@@ -1,7 +1,7 @@
 """Give weighted calls a backward pass that is confined to a row set."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -70,12 +70,17 @@ def sparse_backward(
 
 def on_rows(call: Node, rows: Node) -> tuple[Any, ...]:
     """What the operators of the tables take, up to ``dx``: a normalized call's operands, a row set, the options."""
+    return operands_on_rows(call.target, call.args, rows)
+
+
+def operands_on_rows(target: Any, operands: Sequence[Any], rows: Any) -> tuple[Any, ...]:
+    """The same of the call ``target(*operands)``."""
     options: list[Any]
-    x, weight, bias, *options = (*call.args, *[None] * (3 - len(call.args)))
-    if call.target in TRANSPOSED:
+    x, weight, bias, *options = (*operands, *[None] * (3 - len(operands)))
+    if target in TRANSPOSED:
         stride, padding, output_padding, groups, dilation = options
         options = [stride, padding, dilation, groups, True, output_padding]
-    elif call.target in CONVOLUTIONS:
+    elif target in CONVOLUTIONS:
         options += [False, None]
     return x, weight, bias, rows, *options
 

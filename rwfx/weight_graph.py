@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from rwfx.capture import Capture, capture, untouched
 from rwfx.capture.structure import leaves_of, rebuilt
+from rwfx.capture.tape import SHAPE
 from rwfx.labels import follow_rows
 from rwfx.passes.normalize import normalize
 from rwfx.passes.weights import Weight, weights_of
@@ -139,8 +140,8 @@ def weight_graph(model: nn.Module, example_inputs: Any = None) -> WeightGraph:
     """The weight graph of ``model``.
 
     Args:
-        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically or, with ``example_inputs``, ``torch.export``
-            can export. It is left as it was.
+        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically or, with ``example_inputs``, any. It is left as
+            it was.
         example_inputs: a tuple, a dict of keyword arguments, or a single value for ``model.forward``;
             needed only where the model reshapes or branches in a way that depends on the shape of its inputs.
 
@@ -183,10 +184,13 @@ def graph_of(gm: GraphModule, captured: Capture, shapes: Mapping[str, torch.Size
 
 
 def shapes_of(gm: GraphModule, captured: Capture) -> dict[str, torch.Size] | None:
-    """The shape of every node's value on the example inputs, computed without data; None without any."""
-    if captured.inputs is None:
-        return None
-    shapes: dict[str, torch.Size] = {}
+    """The shape of every node's value on the example inputs, computed without data; None without any.
+
+    Of a run that was written down they are known.
+    """
+    shapes = {node.name: node.meta[SHAPE] for node in gm.graph.nodes if SHAPE in node.meta}
+    if shapes or captured.inputs is None:
+        return shapes or None
 
     class Shapes(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:

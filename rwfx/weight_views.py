@@ -76,7 +76,7 @@ def view_of(gm: GraphModule, node: Any, transpose: bool = False) -> tuple[nn.Par
     return parameter, View(stack, transposed, None if rows == size else (first, first + rows))
 
 
-_VIEWS = {
+VIEWS = {
     *("t", "transpose", "permute", "swapaxes", "numpy_T", "mT", "getattr", "view", "alias"),
     *("split", "split_with_sizes", "chunk", "unbind", "select", "slice", "narrow", "getitem"),
 }
@@ -95,7 +95,7 @@ def _followed(gm: GraphModule, node: Any) -> tuple[nn.Parameter, Any] | None:
     if (parameter := parameter_of(gm, node)) is not None:
         return (parameter, torch.empty(parameter.shape, device="meta")) if parameter.is_contiguous() else None
     sources = node.all_input_nodes
-    if len(sources) != 1 or node.op not in ("call_function", "call_method") or bare_name(node.target) not in _VIEWS:
+    if len(sources) != 1 or node.op not in ("call_function", "call_method") or bare_name(node.target) not in VIEWS:
         return None
     if node.target is getattr and node.args[1] not in ("T", "mT"):
         return None
