@@ -69,13 +69,16 @@ def _padding(
 def _module(target: Any, gm: GraphModule, node: Node) -> Call | None:
     module: Any = gm.get_submodule(str(node.target))
     given = operands_of(node, input=None)
-    kind, methods = MODULES[target]
-    if given is None or not is_plain(module, kind, methods):
+    if given is None or not is_plain(module, *MODULES[target]):
         return None
+    bias = None if module._parameters["bias"] is None else f"{node.target}.bias"
+    return call_of_module(target, module, given["input"], f"{node.target}.weight", bias)
+
+
+def call_of_module(target: Any, module: Any, x: Any, weight: Any, bias: Any) -> Call | None:
+    """What a plain module calls with the input ``x``; ``weight`` and ``bias`` are what its own are written as."""
     names = "stride", "padding", "output_padding", "dilation", "groups"
-    given |= {name: getattr(module, name) for name in names} | {"weight": f"{node.target}.weight", "bias": None}
-    if module._parameters["bias"] is not None:
-        given["bias"] = f"{node.target}.bias"
+    given = {"input": x, "weight": weight, "bias": bias} | {name: getattr(module, name) for name in names}
     kernel = module.weight.shape[2:]
     if target in TRANSPOSED:
         return _transposed(target, given, kernel)

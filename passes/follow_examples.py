@@ -17,6 +17,7 @@ from rwfx.label_rules import bare_name, operation_of
 from rwfx.passes.normalize import CONVOLUTIONS, weight_of
 from rwfx.passes.outputs import outputs_of
 from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
+from rwfx.passes.weights import weights_of
 
 MARK = "follows_examples"  # of a call, in its ``meta``
 BATCH = "holds_the_batch"  # of the input whose first dimension counts the examples
@@ -54,7 +55,7 @@ def follow_examples(
         ValueError: no input is a tensor, or there are no inputs that could tell tokens apart.
     """
     marked = GraphModule(gm, copy.deepcopy(gm.graph))
-    calls = [node for node in marked.graph.nodes if weight_of(marked, node) is not None]
+    calls = weights_of(marked)
     placeholders = [node for node in marked.graph.nodes if node.op == "placeholder"]
     values: tuple[Any, ...] = inputs or (None,) * len(placeholders)
     batches = [(node, x) for node, x in zip(placeholders, values, strict=True) if inputs is None or _is_batch(x)]
@@ -79,8 +80,6 @@ def follow_examples(
         if node.name in following:
             node.meta[MARK] = True
         else:
-            weight = node.args[1]
-            assert isinstance(weight, Node)
             why = f"its leading dimensions do not hold the {unit}s one after the other"
             if unit == "token":
                 why += ", or tokens are mixed behind it"
@@ -89,7 +88,7 @@ def follow_examples(
                     "only example_inputs with two examples or more can tell where its examples are, or whether they "
                     "are mixed on the way to the outputs"
                 )
-            notes.append(f"{weight.target} computes with all {unit}s: {why}")
+            notes.append(f"{calls[node].name} computes with all {unit}s: {why}")
     return marked, tuple(notes)
 
 
@@ -104,8 +103,11 @@ def _known(gm: GraphModule, batch: Node) -> tuple[set[str], dict[str, int]]:
     Of the inputs that is ``batch`` alone: another may be a table that all examples share.
     """
     known: set[str] = {batch.name}
+    constants: set[Node] = set()
     for node in gm.graph.nodes:
-        if _is_within(gm, node, known):
+        if node.op != "placeholder" and constants.issuperset(node.all_input_nodes):
+            constants.add(node)
+        if _is_within(gm, node, known, constants):
             known.add(node.name)
     apart = set(known)
     for node in reversed(gm.graph.nodes):
@@ -121,14 +123,10 @@ def _is_last(node: Node) -> bool:
     return name in ("argmax", "argmin", "detach", "size") or (total and all(user.op == "output" for user in node.users))
 
 
-def _varies(node: Node) -> bool:
-    """Whether it is no constant of the model."""
-    return node.op != "get_attr" and bool(node.all_input_nodes or node.op == "placeholder")
-
-
-def _is_within(gm: GraphModule, node: Node, known: Collection[str]) -> bool:
-    """Whether its values hold one example after the other, as do those of the nodes that are ``known`` to."""
-    from_examples = [n for n in node.all_input_nodes if n.name in known or _varies(n)]
+def _is_within(gm: GraphModule, node: Node, known: Collection[str], constants: Collection[Node]) -> bool:
+    """Whether its values hold one example after the other, as do those of the nodes that are ``known`` to; the
+    ``constants`` are of the model alone, as is the transpose of a weight."""
+    from_examples = [n for n in node.all_input_nodes if n.name in known or n not in constants]
     if not from_examples or not all(n.name in known for n in from_examples):
         return False
     if node.op == "call_module":
@@ -202,7 +200,7 @@ def _adds_dimensions(gm: GraphModule, node: Node) -> bool:
 
 
 def _tried(
-    gm: GraphModule, calls: list[Node], inputs: tuple[Any, ...], lead: torch.Size
+    gm: GraphModule, calls: Collection[Node], inputs: tuple[Any, ...], lead: torch.Size
 ) -> tuple[set[str], dict[str, int]]:
     """The calls at which the gradient of one example's output arrives in that example's places alone; and what is given
     out with an entry for each example, with the number of its dimensions that count them.

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -12,6 +13,7 @@ from rwfx.passes import conv_spellings
 from rwfx.passes.conv_spellings import CONV_CALLS, CONV_MODULES, TRANSPOSED
 from rwfx.passes.parameters import parameter_of
 from rwfx.passes.spellings import LINEAR_CALLS, LINEAR_MODULES, Call, untransposed
+from rwfx.weight_views import View, view_of
 
 # The normalized calls that are convolutions, with their number of spatial dimensions.
 CONVOLUTIONS: dict[Any, int] = conv_spellings.CONVOLUTIONS | TRANSPOSED
@@ -24,10 +26,12 @@ MODULES = LINEAR_MODULES | CONV_MODULES
 def normalize(gm: GraphModule) -> GraphModule:
     """Spell ``nn.Linear``, ``x @ w.t()``, ``nn.Conv2d``, ``aten.conv2d``, ... as calls of ``torch.nn.functional``.
 
-    A linear call is ``F.linear(x, weight, bias)``, a convolution ``F.conv2d(x, weight, bias, stride, padding, dilation,
-    groups)`` or ``F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)``, with lists
-    of numbers. Each spelling ends in the same kernel, so the outputs stay the same bit for bit. What does more than its
-    class (hooks, a parametrization, a forward of its own) and what has a symbolic option is left as it is.
+    A linear call is ``F.linear(x, weight, bias)``, where the weight may be a view of a parameter
+    (``rwfx.weight_views``): of ``x @ w`` it is ``w.t()``. A convolution is ``F.conv2d(x, weight, bias, stride, padding,
+    dilation, groups)`` or ``F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)``,
+    with lists of numbers. Each spelling ends in the same kernel, so the outputs stay the same bit for bit. What does
+    more than its class (hooks, a parametrization, a forward of its own) and what has a symbolic option is left as it
+    is.
     """
     graph = copy.deepcopy(gm.graph)
     for node in list(graph.nodes):
@@ -36,6 +40,8 @@ def normalize(gm: GraphModule) -> GraphModule:
             continue
         with graph.inserting_before(node):
             weight, bias = (graph.get_attr(p) if isinstance(p, str) else p for p in (call.weight, call.bias))
+            if call.transpose:
+                weight = graph.call_function(torch.t, (weight,))
             x = call.x if call.pad is None else graph.call_function(F.pad, (call.x, *call.pad))
             written = graph.call_function(call.target, (x, weight, bias, *call.options))
         written.meta = dict(node.meta)
@@ -50,23 +56,29 @@ def normalize(gm: GraphModule) -> GraphModule:
 
 
 def weight_of(gm: GraphModule, node: Node) -> nn.Parameter | None:
-    """The parameter that a normalized call is linear in; None for any other node.
+    """The parameter that a normalized call is linear in, or in a view of; None for any other node."""
+    found = weighted(gm, node)
+    return None if found is None else found[0]
 
-    Its rows are its first dimension: ``(O, I)``, or ``(O, I / groups, *kernel)`` of a convolution. A transposed
-    convolution's are not: ``(I, O / groups, *kernel)``.
+
+def weighted(gm: GraphModule, node: Node) -> tuple[nn.Parameter, View] | None:
+    """That parameter, and which view of it the weight is.
+
+    The weight's rows are its first dimension: ``(O, I)``, or ``(O, I / groups, *kernel)`` of a convolution. A
+    transposed convolution's are not: ``(I, O / groups, *kernel)``.
     """
     if node.op != "call_function" or node.target not in WEIGHTED or len(node.args) < 2:
         return None
     if node.target in CONVOLUTIONS and (node.kwargs or any(isinstance(o, Node) for o in tree_leaves(node.args[3:]))):
         return None  # one with a symbolic option has been left as it was
-    weight = parameter_of(gm, node.args[1])
-    return weight if weight is not None and weight.dim() == 2 + WEIGHTED[node.target] else None
+    return _weight(gm, node.target, node.args[1])
 
 
 def num_rows(gm: GraphModule, node: Node) -> int:
     """How many rows the weight of a normalized call has."""
-    weight = weight_of(gm, node)
-    assert weight is not None
+    found = weighted(gm, node)
+    assert found is not None
+    weight = found[1].of(found[0])
     return weight.shape[1] * node.args[6] if node.target in TRANSPOSED else weight.shape[0]  # type: ignore[operator]
 
 
@@ -80,5 +92,14 @@ def _meaning(gm: GraphModule, node: Node) -> Call | None:
     call = spelling(gm, node) if spelling else None
     if call is None:
         return None
-    weight = gm.get_parameter(call.weight) if isinstance(call.weight, str) else parameter_of(gm, call.weight)
-    return call if weight is not None and weight.dim() == 2 + WEIGHTED[call.target] else None
+    if isinstance(call.weight, str):
+        return call if gm.get_parameter(call.weight).dim() == 2 + WEIGHTED[call.target] else None
+    return call if _weight(gm, call.target, call.weight, call.transpose) is not None else None
+
+
+def _weight(gm: GraphModule, target: Any, node: Any, transpose: bool = False) -> tuple[nn.Parameter, View] | None:
+    """The weight that a node, or its transpose, is to a call of ``target``."""
+    if target is F.linear:
+        return view_of(gm, node, transpose)
+    parameter = parameter_of(gm, node)
+    return (parameter, View()) if parameter is not None and parameter.dim() == 2 + WEIGHTED[target] else None

@@ -30,9 +30,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module], methods: tuple[str, ...] 
 
     Not with hooks, a parametrization, or one of the ``methods`` of ``kind`` overridden.
     """
+    return computes_as(module, kind, methods) and not has_hooks(module)
+
+
+def computes_as(module: nn.Module, kind: type[nn.Module], methods: tuple[str, ...] = ("forward",)) -> bool:
+    """The same of its forward alone, around which there may be hooks."""
     return (
         isinstance(module, kind)
         and all(getattr(type(module), name) is getattr(kind, name) and name not in vars(module) for name in methods)
         and isinstance(module._parameters.get("weight"), nn.Parameter)
-        and not has_hooks(module)
+        and "bias" in module._parameters
     )

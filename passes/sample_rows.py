@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule
 
 from rwfx.draws import TopKSampler
+from rwfx.passes.weights import weights_of
 from rwfx.sampler import RowSampler
 from rwfx.walk import WalkSampler
 
@@ -39,7 +40,11 @@ def sample_rows(gm: GraphModule, sampler: RowSampler) -> tuple[GraphModule, dict
     first = next(node for node in graph.nodes if node.op != "placeholder")
     rows = {}
     with graph.inserting_before(first):
-        weights = tuple(graph.get_attr(name) for name in sampler.crossed)
+        views = {of.name: of for of in weights_of(sampled).values()}
+        weights = tuple(
+            views[name].view.node(graph, views[name].parameter) if name in views else graph.get_attr(name)
+            for name in sampler.crossed
+        )
         drawn = graph.call_module(SAMPLER, weights)
 
         def item(k: int, name: str) -> str:
@@ -48,7 +53,7 @@ def sample_rows(gm: GraphModule, sampler: RowSampler) -> tuple[GraphModule, dict
         names = [weight.replace(".", "_") for weight in sampler.kept]
         sets = [item(k, f"rows_{name}") for k, name in enumerate(names)]
         scales = [item(k, f"scale_{name}") for k, name in enumerate(names, len(names))] if sampler.unbiased else []
-    seen, seen_all = _observed(sampler)
+    seen, seen_all = observed(sampler)
     for k, weight in enumerate(sampler.kept):
         chosen = f"{SAMPLER}.chosen.{k}" if isinstance(sampler, TopKSampler) else ""
         rows[weight] = RowNodes(sets[k], scales[k] if scales else "", chosen, seen, seen_all)
@@ -57,8 +62,8 @@ def sample_rows(gm: GraphModule, sampler: RowSampler) -> tuple[GraphModule, dict
     return sampled, rows
 
 
-def _observed(sampler: RowSampler) -> tuple[dict[str, str], bool]:
-    """The buffers that the calls are to write, by call, and whether with all rows."""
+def observed(sampler: RowSampler) -> tuple[dict[str, str], bool]:
+    """The buffers that the calls are to write, by the node of a call, and whether with all rows."""
     if not isinstance(sampler, WalkSampler) or sampler.preference is None:
         return {}, True
     buffers = {call: f"{SAMPLER}.preference.seen.{k}" for k, call in enumerate(sampler.preference.calls)}

@@ -1,7 +1,7 @@
 """Give weighted calls a backward pass that is confined to a row set."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,9 +10,10 @@ from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
 from rwfx.passes.conv_spellings import TRANSPOSED
-from rwfx.passes.normalize import CONVOLUTIONS, weight_of
+from rwfx.passes.normalize import CONVOLUTIONS
 from rwfx.passes.parameters import parameter_of
 from rwfx.passes.sample_rows import RowNodes
+from rwfx.passes.weights import weights_of
 
 # Which operator computes the backward of a call on rows alone, and which masks a dense one. The two tables are
 # the list of what can be sparse: to support one more call is to write its operators and add its line.
@@ -41,11 +42,7 @@ def sparse_backward(
     rewritten = GraphModule(gm, copy.deepcopy(gm.graph))
     graph = rewritten.graph
     nodes = {node.name: node for node in graph.nodes}
-    names = {id(p): name for name, p in reversed(list(rewritten.named_parameters(remove_duplicate=False)))}
-    calls = []
-    for node in graph.nodes:
-        if (weight := weight_of(rewritten, node)) is not None and node.target in rules:
-            calls.append((node, names[id(weight)]))
+    calls = [(node, of.name) for node, of in weights_of(rewritten).items() if node.target in rules]
     kept: dict[Any, Node] = {}
     for node, weight in calls:
         if weight not in rows:
@@ -73,12 +70,17 @@ def sparse_backward(
 
 def on_rows(call: Node, rows: Node) -> tuple[Any, ...]:
     """What the operators of the tables take, up to ``dx``: a normalized call's operands, a row set, the options."""
+    return operands_on_rows(call.target, call.args, rows)
+
+
+def operands_on_rows(target: Any, operands: Sequence[Any], rows: Any) -> tuple[Any, ...]:
+    """The same of the call ``target(*operands)``."""
     options: list[Any]
-    x, weight, bias, *options = (*call.args, *[None] * (3 - len(call.args)))
-    if call.target in TRANSPOSED:
+    x, weight, bias, *options = (*operands, *[None] * (3 - len(operands)))
+    if target in TRANSPOSED:
         stride, padding, output_padding, groups, dilation = options
         options = [stride, padding, dilation, groups, True, output_padding]
-    elif call.target in CONVOLUTIONS:
+    elif target in CONVOLUTIONS:
         options += [False, None]
     return x, weight, bias, rows, *options
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from rwfx.passes.parameters import is_parameter, is_plain
+from rwfx.passes.parameters import is_plain
+from rwfx.weight_views import like_view
 
 
 class Call(NamedTuple):
-    """``target(x, weight, bias, *options)``, behind ``F.pad(x, *pad)`` where that is not None."""
+    """``target(x, weight, bias, *options)``, behind ``F.pad(x, *pad)`` where there is one."""
 
     target: Callable[..., Any]
     x: Any
@@ -24,6 +25,7 @@ class Call(NamedTuple):
     bias: Any = None
     options: tuple[Any, ...] = ()
     pad: tuple[Any, ...] | None = None
+    transpose: bool = False  # ``weight.t()`` in place of ``weight``
 
 
 Spelling = Callable[[GraphModule, Node], Call | None]
@@ -52,15 +54,22 @@ def _linear(gm: GraphModule, node: Node) -> Call | None:
 def _product(gm: GraphModule, node: Node) -> Call | None:
     if len(node.args) != 2 or node.kwargs:
         return None
-    x, weight = node.args[0], untransposed(node.args[1])
-    return Call(F.linear, x, weight) if isinstance(x, Node) else None
+    x, weight = node.args
+    return _product_with(x, weight) if isinstance(x, Node) else None
 
 
 def _addmm(gm: GraphModule, node: Node) -> Call | None:
     if len(node.args) != 3 or node.kwargs:
         return None
-    bias, x, weight = node.args[0], node.args[1], untransposed(node.args[2])
-    return Call(F.linear, x, weight, bias) if is_parameter(gm, bias, 1) else None
+    bias, x, weight = node.args
+    vector = like_view(gm, bias)
+    return _product_with(x, weight, bias) if vector is not None and vector[1].dim() == 1 else None
+
+
+def _product_with(x: Any, weight: Any, bias: Any = None) -> Call:
+    """``x @ weight + bias``: ``F.linear`` of the transpose, which is the same call of the same kernel."""
+    inner = untransposed(weight)
+    return Call(F.linear, x, weight if inner is None else inner, bias, transpose=inner is None)
 
 
 _aten = torch.ops.aten

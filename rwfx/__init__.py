@@ -15,8 +15,10 @@ from rwfx.examples import AdaptiveExamples, SampledExamples, TopExamples
 from rwfx.history import History
 from rwfx.policies import AdaptiveWalk, LearnedWalk, Magnitude, RandomWalk, TopK, Uniform
 from rwfx.sparse_module import SparseModule
+from rwfx.substituted import SubstitutedModule
 from rwfx.train import RandomWalkTrainer
 from rwfx.transform import transform
+from rwfx.transformed import Transformed
 from rwfx.walk import random_walks
 from rwfx.weight_graph import WeightGraph, weight_graph
 
@@ -32,8 +34,10 @@ __all__ = [
     "RandomWalkTrainer",
     "SampledExamples",
     "SparseModule",
+    "SubstitutedModule",
     "TopExamples",
     "TopK",
+    "Transformed",
     "Uniform",
     "WeightGraph",
     "draw",

@@ -20,6 +20,7 @@ from rwfx.passes.parameters import parameter_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.sparse_backward import SPARSE
+from rwfx.passes.weights import weights_of
 from rwfx.policies import Densities, Magnitude, Policy, TopK
 from rwfx.readers import no_call_because
 from rwfx.report import Line
@@ -50,7 +51,8 @@ def lines_of(
     lines = []
     for weight in graph.names:
         uses = [use for use in graph.uses if use.weight == weight]
-        parameter = captured.host.get_parameter(weight)
+        parameter = captured.host.get_parameter(graph.parameter(weight))
+        tensor = graph.tensor(weight, {graph.parameter(weight): parameter})
         if weight in left_out:
             reason = left_out[weight]
         elif weight not in graph.reached:
@@ -67,11 +69,14 @@ def lines_of(
         elif isinstance(policy, TopK) and len(uses) > 1:
             reason = f"{len(uses)} calls use it, and TopK would choose other rows in each"
         elif not all(_is_plain(gm, calls[use.node]) for use in uses):
-            owner = type(captured.host.get_submodule(weight.rpartition(".")[0])).__name__
+            owner = type(captured.host.get_submodule(graph.parameter(weight).rpartition(".")[0])).__name__
             reason = f"a call that has no row-sparse backward uses it (it belongs to {owner})"
         elif any(use.transposed for use in uses) and (grad == "rows" or isinstance(policy, Magnitude)):
             what = "row gradient" if grad == "rows" else "norms of rows"
             reason = f"the rows of a transposed convolution are not its weight's first dimension: it has no {what}"
+        elif grad == "rows" and weight in graph.weights:
+            reason = 'a row gradient has rows of a whole parameter, and this weight is only a view of one: grad="dense"'
+            reason += " makes it row-sparse"
         elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
             reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
         else:
@@ -80,15 +85,18 @@ def lines_of(
         takers = [calls[use.node] for use in uses]
         input_grads = sum(not _is_plain(gm, call) or _needs_gradient(gm, call.args[0]) for call in takers)
         num_rows = uses[0].rows
-        features = parameter.numel() // num_rows if num_rows else 0
+        features = tensor.numel() // num_rows if num_rows else 0
         found = [_places(calls[use.node], shapes) for use in uses]
         places = None if None in found else sum(p for p in found if p is not None) / len(found)
-        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason, places=places))
+        size = parameter.element_size()
+        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason, places=places, itemsize=size))
+    used = {graph.parameter(weight) for weight in graph.names}
     for name, parameter in captured.host.named_parameters():
-        if parameter.dim() >= 2 and not any(name in names for names in graph.names.values()):
+        if parameter.dim() >= 2 and name not in used:
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
             reason = no_call_because(gm, parameter, owner)
-            lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
+            size = parameter.element_size()
+            lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason, itemsize=size))
     return tuple(lines)
 
 
@@ -181,13 +189,20 @@ def with_sources(lines: Sequence[Line], gm: GraphModule, rows: Mapping[str, RowN
     return tuple(replace(line, sources=tuple(sources.get(line.weight, ()))) for line in lines)
 
 
+def with_expected(lines: Sequence[Line], gm: GraphModule, graph: WeightGraph, sampler: RowSampler) -> tuple[Line, ...]:
+    """The lines with how many rows of each weight ``sampler`` is expected to keep."""
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    weights = [graph.tensor(name, parameters).detach() for name in sampler.crossed]
+    # Weights on the meta device cannot be walked by: the walks that are expected of them step uniformly anyway.
+    kept = sampler.expected_rows([torch.ones(()).expand(w.shape) if w.is_meta else w for w in weights])
+    return tuple(replace(line, expected=kept.get(line.weight)) for line in lines)
+
+
 def with_followers(lines: Sequence[Line], gm: GraphModule) -> tuple[Line, ...]:
     """The lines, with the weights marked whose calls follow the examples (``rwfx.passes.follow_examples``)."""
-    names = {id(p): name for name, p in reversed(list(gm.named_parameters(remove_duplicate=False)))}
     calls: dict[str, list[bool]] = {}
-    for node in gm.graph.nodes:
-        if (weight := weight_of(gm, node)) is not None:
-            calls.setdefault(names[id(weight)], []).append(bool(node.meta.get(MARK)))
+    for node, weight in weights_of(gm).items():
+        calls.setdefault(weight.name, []).append(bool(node.meta.get(MARK)))
     return tuple(replace(line, leaves_examples=all(calls.get(line.weight, [False]))) for line in lines)
 
 
@@ -204,19 +219,19 @@ def weigh(
 ) -> tuple[Line, ...]:
     """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
 
-    ``sampler`` is what draws the rows of the weights of ``lines`` where all of them are row-sparse; ``gm``, ``graph``
-    and ``shapes`` are of the model before that. ``examples`` is the share of the batch that takes part in the backward
-    of the calls that leave examples out. A convolution whose shapes are not known is not weighed.
+    ``sampler`` is what draws the rows of the weights of ``lines`` where all of them are row-sparse, and the lines have
+    what is expected of it; ``gm``, ``graph`` and ``shapes`` are of the model before that. ``examples`` is the share of
+    the batch that takes part in the backward of the calls that leave examples out. A convolution whose shapes are not
+    known is not weighed.
     """
     calls = {node.name: node for node in gm.graph.nodes}
-    kept = sampler.expected_rows([gm.get_parameter(name) for name in sampler.crossed])
     candidates = []
     for line in lines:
         if line.dense_because or line.places is None:
             continue
         uses = [use for use in graph.uses if use.weight == line.weight]
         batch = max(_batch(use, calls[use.node], shapes) for use in uses) if shapes else model.batch_size
-        shape = line.rows, line.features, kept[line.weight]
+        shape = line.rows, line.features, line.expected or 0.0
         how = line.sources, grad == "dense", dx == "full", examples if line.leaves_examples else 1.0
         groups = uses[0].groups if calls[uses[0].node].target in CONVOLUTIONS else 0
         candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how, groups))
@@ -231,7 +246,7 @@ def weigh(
         if costs is None or line.weight in paying:
             weighed.append(replace(line, costs=costs))
             continue
-        reason = f"it would not pay ({kept[line.weight]:.0f} of {line.rows} rows expected, predicted"
+        reason = f"it would not pay ({line.expected:.0f} of {line.rows} rows expected, predicted"
         reason += f" {1e6 * costs.sparse:.0f} us against {1e6 * costs.dense:.0f} us dense)"
         if costs.sparse < costs.dense:
             reason = "drawing rows would cost more than all row-sparse backwards save"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rwfx.ops.blank_rows
-import rwfx.ops.examples  # noqa: F401  and this others
+import rwfx.ops.examples
+import rwfx.ops.streams  # noqa: F401  define the operators
 from rwfx.examples import AdaptiveExamples, ExamplePolicy, SampledExamples
 from rwfx.sampler import Buffers, KeepsTypes, check_entry
 

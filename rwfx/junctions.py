@@ -40,14 +40,6 @@ class Register:
         self.stations.append(WeightUse(name, weight, self.node, base, rows, feature_map, groups, kernel, transposed))
         return torch.arange(base, base + rows)
 
-    def agrees(self, weight: str, transposed: bool) -> bool:
-        """Whether the rows of a weight are those of its uses so far; else they could share no row set."""
-        layouts = {s.transposed for s in self.stations if isinstance(s, WeightUse) and s.weight == weight}
-        if layouts and layouts != {transposed}:
-            self.notes.append(f"{self.node}: {weight} is used with its rows as features, which walks cross to any row")
-            return False
-        return True
-
     def meet(self, ids: list[Tensor]) -> Tensor:
         """The ids where tensors of one shape are added."""
         cores = [core(i) for i in ids]

@@ -17,6 +17,15 @@ def pool(run, function, args, kwargs):
     return Extremes(pooled, nowhere(out)) if "indices" in run.operation else pooled
 
 
+def regions(run, function, args, kwargs):
+    """Regions of interest cut out of feature maps: any place of any image may be in them, channels are not mixed."""
+    x = operands_of(args, kwargs)[0]
+    if isinstance(x, Everywhere):
+        return x
+    found = run.reduce(x.ids, [d for d in range(x.ids.dim()) if d != 1])
+    return Labels(found.expand(run.shape_of(function, args, kwargs)))
+
+
 def respaced(run, ids: Tensor, dims: list[int], sizes: list[int]) -> Labels:
     """The ids, pooled over ``dims``, of a tensor with other sizes there."""
     shape = list(ids.shape)

@@ -159,6 +159,7 @@ _TABLE: dict[Callable[..., Any], str] = {
         upsample_trilinear3d""",
     structure.getitem: "getitem",
     structure.index: "index gather index_select take_along_dim",
+    pools.regions: "roi_align roi_pool",
     pools.reduce: "mean sum nansum nanmean amax amin prod logsumexp any all",
     pools.variance: "var std",
     pools.variance_and_mean: "var_mean std_mean",

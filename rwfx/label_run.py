@@ -14,8 +14,8 @@ from rwfx.junctions import Register
 from rwfx.label_rules import RULES, bare_name, operation_of
 from rwfx.label_values import Everywhere, Labels, UnknownShape, core, nowhere, operands_of
 from rwfx.passes.conv_spellings import TRANSPOSED
-from rwfx.passes.normalize import CONVOLUTIONS, weight_of
-from rwfx.weight_views import weight_view
+from rwfx.passes.normalize import CONVOLUTIONS
+from rwfx.passes.weights import weights_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class LabelRun(fx.Interpreter):
         super().__init__(gm)
         self.extra_traceback = False
         self.gm, self.names, self.widths = gm, names, widths
+        self.weights = weights_of(gm)
         self.shapes, self._lead, self.side = guess.shapes or {}, guess.lead, guess.side
         self.lead_was_guessed = False
         self.register = Register()
@@ -88,15 +89,11 @@ class LabelRun(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A call of a function: on a weight, or by its rule."""
-        weight = weight_of(self.gm, self.node)
+        weight = self.weights.get(self.node)
         if weight is not None and target is not F.linear:
-            return self.convolution(args[0], weight, target, args[3:])
+            return self.convolution(args[0], weight.of(self.gm), target, args[3:])
         if weight is not None:
-            return self.linear(args[0], weight, slice(None))
-        view = weight_view(self.gm, self.node)
-        if view is not None and self.register.agrees(self.names[id(view.parameter)], view.transposed):
-            x = args[self.node.args.index(view.x)]
-            return self.linear(x, view.parameter, slice(view.first, view.first + view.rows), view.transposed)
+            return self.linear(args[0], weight.name, weight.of(self.gm).shape)
         return self.apply(spelled(target), target, args, kwargs)
 
     def apply(self, spelling: str, function: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
@@ -159,12 +156,9 @@ class LabelRun(fx.Interpreter):
         value = function(*args, **kwargs)
         return (value if isinstance(value, Tensor) else value[0]).shape
 
-    def linear(self, x: Labels | Everywhere, weight: Tensor, part: slice, transposed: bool = False) -> Labels:
-        """A linear call: the ids of its input are its feature map, its output has ids of its own.
-
-        ``part``: which of the weight's rows it has; the others come to nothing here.
-        """
-        rows, features = weight.t().shape if transposed else weight.shape
+    def linear(self, x: Labels | Everywhere, weight: str, shape: torch.Size) -> Labels:
+        """A linear call: the ids of its input are its feature map, its output has ids of its own."""
+        rows, features = shape
         if isinstance(x, Everywhere):
             feature_map = torch.full((features,), x.id)
             self.widths[self.node.all_input_nodes[0].name] = features
@@ -173,7 +167,7 @@ class LabelRun(fx.Interpreter):
             self.check_width(x.ids, features)
             feature_map = self.features_of(x.ids, x.ids.dim() - 1)
             lead = x.ids.shape[:-1]
-        ids = self.use(weight, rows, feature_map, 1, 1, transposed)[part]
+        ids = self.register.use(weight, rows, feature_map)
         return Labels(ids.expand(*lead, len(ids)))
 
     def convolution(

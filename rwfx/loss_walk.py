@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-import rwfx.ops.blank_rows
-import rwfx.ops.loss_walk  # noqa: F401  and this another
+import rwfx.ops.loss_walk
+import rwfx.ops.streams  # noqa: F401  define the operators
 from rwfx.policies import RandomWalk
 from rwfx.sampler import Buffers, read_chosen
 from rwfx.schedules import Schedule

@@ -65,10 +65,10 @@ def vocabularies_of(host: nn.Module, graph: WeightGraph) -> dict[str, str]:
     most = max((table.num_embeddings for table in tables.values()), default=0)
     found = {}
     for weight in heads_of(graph):
-        own = host.get_parameter(weight)
+        own = host.get_parameter(graph.parameter(weight))
         for name, table in tables.items():
             tied = table._parameters.get("weight") is own
-            if tied or table.num_embeddings == most == len(own) >= FEWEST_WORDS:
+            if tied or table.num_embeddings == most == graph.rows(weight) >= FEWEST_WORDS:
                 found[weight] = name
     return found
 

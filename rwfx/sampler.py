@@ -11,6 +11,7 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
+import rwfx.ops.streams  # noqa: F401  defines the operators
 from rwfx.ops.walk import read_last
 from rwfx.schedules import Schedule, density_at
 from rwfx.weight_graph import WeightGraph
@@ -81,6 +82,7 @@ class RowSampler(KeepsTypes):
         """The row sets of this step, and the inverse probabilities."""
         if not torch.is_grad_enabled():
             return [self.last.new_empty(0)] * len(self.kept) + [self.last.new_empty(0).float()] * self._num_scales
+        torch.ops.rwfx.rewind_.default(self.state, self._tick)
         with torch.no_grad():
             drawn = self.draw(*weights)
         self.state.add_(self._tick)

@@ -2,34 +2,27 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph import PythonCode
 from torch.fx.graph_module import GraphModule, _forward_from_src
 
-from rwfx.example_sampler import ExampleSampler
 from rwfx.graph_pickle import read_graph, write_graph
 from rwfx.passes.sample_rows import SAMPLER
 from rwfx.passes.sparse_examples import EXAMPLES
-from rwfx.report import Line, Report
-from rwfx.sampler import RowSampler
-from rwfx.walk import WalkSampler
+from rwfx.transformed import Transformed
 
 
-class SparseModule(GraphModule):
-    """What ``rwfx.transform`` returns.
+class SparseModule(Transformed, GraphModule):
+    """What ``rwfx.transform`` returns where a graph holds the forward pass.
 
     It holds two graphs over one tree of modules. In train mode ``graph`` runs: it draws row sets and its
     backward is confined to them. In eval mode ``eval_graph`` runs, the original's forward as it was traced.
-    Parameters and buffers are the original's own, and so are the keys of the ``state_dict``.
     """
 
     eval_graph: fx.Graph | None = None
-    lines: tuple[Line, ...]
-    settings: dict[str, Any]
-    notes: tuple[str, ...]
 
     @classmethod
     def over(cls, host: nn.Module, train: fx.Graph, evaluation: fx.Graph, **about: Any) -> "SparseModule":
@@ -40,81 +33,6 @@ class SparseModule(GraphModule):
         module.__dict__.update(about, eval_graph=evaluation, training=host.training)
         module.graph = train
         return module
-
-    @property
-    def rows(self) -> dict[str, Tensor]:
-        """The row sets of the last training forward: ``{weight: (K,) int64}``, sorted, without repeats."""
-        return self._sampler.row_sets()
-
-    @property
-    def report(self) -> Report:
-        """What was rewritten, what stayed dense and why, and the cost of the last step against dense."""
-        drawn = bool(self._sampler.state[1])
-        kept = {name: len(rows) for name, rows in self.rows.items()} if drawn else {}
-        if not any(kept.values()):  # TopK chooses in the backward pass, which has not been
-            kept = {}
-        settings = self.settings
-        about = settings["mode"], settings["dx"], settings["rows"], kept, self.notes
-        return Report(self.lines, *about, settings["examples"], self.examples, settings["route"])
-
-    def sampler_state(self) -> dict[str, Tensor]:
-        """The row sampler's random stream, last draw and memory: with ``state_dict`` all for an exact resume."""
-        return {**self._sampler.sampler_state(), **(self._examples.sampler_state() if self._examples else {})}
-
-    def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``sampler_state`` was taken.
-
-        Raises:
-            ValueError: the state does not fit this model; nothing is changed then.
-        """
-        of_examples = {name: tensor for name, tensor in state.items() if name.startswith("examples.")}
-        if self._examples is None:
-            if of_examples:
-                raise ValueError("the sampler state was saved from a model that leaves out examples (examples=).")
-            self._sampler.load_sampler_state(state)
-            return
-        self._examples.check_state(of_examples)
-        self._sampler.load_sampler_state({name: state[name] for name in state.keys() - of_examples.keys()})
-        self._examples.load_sampler_state(of_examples)
-
-    @property
-    def examples(self) -> tuple[int, int] | None:
-        """How many examples the last training forward kept for its backward, and of how many.
-
-        None before the first, and for a model that was made without ``examples=``.
-        """
-        kept, of = (0, 0) if self._examples is None else self._examples.last.tolist()
-        return (kept, of) if of else None
-
-    @property
-    def starts_at_labels(self) -> bool:
-        """Whether walks start at the labels given to ``start_from``."""
-        return isinstance(self._sampler, WalkSampler) and self._sampler.starts_at_labels
-
-    def start_from(self, labels: Tensor) -> None:
-        """Let the walks of the next training forward start at the output rows that ``labels`` name.
-
-        And of those after it, until other labels are given. For ``RandomWalk(start="labels")`` and its kin; ``labels``:
-        whole numbers of any shape, each starts in
-        proportion to how often it is there.
-
-        Raises:
-            ValueError: the policy has another ``start``, or a label is no row of the output weight; nothing is changed
-            then.
-        """
-        if not isinstance(self._sampler, WalkSampler):
-            raise ValueError(
-                f'start_from is for walks with start="labels"; the row policy is {self.settings["rows"]!r}.'
-            )
-        self._sampler.start_from(labels)
-
-    @property
-    def _sampler(self) -> RowSampler:
-        return self._modules[SAMPLER]  # type: ignore[return-value]
-
-    @property
-    def _examples(self) -> ExampleSampler | None:
-        return self._modules.get(EXAMPLES)  # type: ignore[return-value]
 
     def recompile(self) -> PythonCode:
         """Generate the code of both graphs; called by ``fx`` when ``graph`` is set."""

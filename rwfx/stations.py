@@ -19,7 +19,7 @@ class WeightUse:
     """
 
     name: str  # the weight's; the second call on the same weight is "fc.weight#2"
-    weight: str  # the parameter, by the first of its names
+    weight: str  # the parameter, by the first of its names; or the view of one that it is (``rwfx.weight_views``)
     node: str  # the call in the graph
     base: int
     rows: int

@@ -32,8 +32,8 @@ from rwfx.checkpoint import (
 )
 from rwfx.cost import dense_flops, updated_scalars
 from rwfx.history import History, Record
-from rwfx.sparse_module import SparseModule
 from rwfx.transform import transform
+from rwfx.transformed import Transformed
 
 MODES = {"rw_sparse": "sparse", "rw_masked": "masked", "full": None}
 """The trainer's modes, and the ``mode`` of ``rwfx.transform`` that each one trains with."""
@@ -255,7 +255,7 @@ class RandomWalkTrainer:
         *inputs, target = _tensors(batch, self.device)
         self.network.train()
         started = self._clock()
-        if isinstance(self.network, SparseModule) and self.network.starts_at_labels:
+        if isinstance(self.network, Transformed) and self.network.starts_at_labels:
             self.network.start_from(target[target != IGNORED])
         self.optimizer.zero_grad()
         loss = self.loss_fn(self._stepped(*inputs), target)
@@ -281,7 +281,7 @@ class RandomWalkTrainer:
         if shapes not in self._dense_flops:
             self._dense_flops[shapes] = dense_flops(self.model, inputs)
         dense, linear = self._dense_flops[shapes]
-        if not isinstance(self.network, SparseModule):
+        if not isinstance(self.network, Transformed):
             return dense
         one = self.network.report.flops(1)
         return dense - linear + linear * one.total // one.dense_total
@@ -352,7 +352,7 @@ class RandomWalkTrainer:
             model, optimizer, sampler = before
             self.network.load_state_dict(model)
             self.optimizer.load_state_dict(optimizer)
-            if isinstance(self.network, SparseModule):
+            if isinstance(self.network, Transformed):
                 self.network.load_sampler_state(sampler)
             if isinstance(error, ValueError) and "checkpoint" in str(error):
                 raise
@@ -362,7 +362,7 @@ class RandomWalkTrainer:
             ) from error
 
     def _sampler_state(self) -> dict[str, Tensor]:
-        return self.network.sampler_state() if isinstance(self.network, SparseModule) else {}
+        return self.network.sampler_state() if isinstance(self.network, Transformed) else {}
 
     def _take_on(self, train_loader: Iterable) -> Checkpoint:
         assert self.checkpoint is not None
@@ -377,7 +377,7 @@ class RandomWalkTrainer:
             self.optimizer.load_state_dict(saved.optimizer)
         except (KeyError, ValueError) as error:
             raise ValueError(f"checkpoint {str(self.checkpoint)!r} is of another optimizer: {error}") from error
-        if isinstance(self.network, SparseModule):
+        if isinstance(self.network, Transformed):
             self.network.load_sampler_state(saved.sampler)
         self.network.load_state_dict(saved.model)
         generators = loader_generators(train_loader)

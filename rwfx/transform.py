@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 from rwfx import native
 from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
-from rwfx.capture import Capture, ExampleInputs, capture, same_outputs, shared_copy
-from rwfx.choose import densities_of, left_out, lines_of, weigh, with_followers, with_sources
+from rwfx.capture import Capture, ExampleInputs, capture, same_outputs, shared_copy, tape
+from rwfx.choose import densities_of, left_out, lines_of, weigh, with_expected, with_followers, with_sources
 from rwfx.draws import sampler_of, starts_at_loss
 from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import ExamplePolicy, TopExamples, example_policy, expected_fraction
@@ -31,6 +31,8 @@ from rwfx.passes.verify import verify
 from rwfx.policies import Densities, Policy, RandomWalk, TopK, Uniform
 from rwfx.sampler import RowSampler
 from rwfx.sparse_module import SparseModule, check_names
+from rwfx.substituted import SubstitutedModule, read_elsewhere, substitute
+from rwfx.transformed import Transformed
 from rwfx.weight_graph import graph_of, shapes_of
 from rwfx.where import Where, given_places
 
@@ -51,10 +53,12 @@ def transform(
     resample_every: int = 1,
     break_even: bool | CostModel = True,
     example_inputs: Any = None,
-) -> SparseModule:
+) -> SparseModule | SubstitutedModule:
     """Give ``model`` a backward pass that computes, every step, only the rows that a policy chooses: by random walks.
 
-    The result is a ``torch.fx.GraphModule`` with the model's call signature. It shares the model's parameters and
+    The result is a ``torch.fx.GraphModule`` with the model's call signature; or, where no graph holds the forward pass
+    (data-dependent branches, detectors), a module of the model's own class whose linear layers and convolutions are
+    row-sparse (``rwfx.substituted``). It shares the model's parameters and
     buffers, has the same ``state_dict`` keys, and its forward pass is the model's own, bit for bit. At every
     training forward it draws a row set ``R`` for each weight of a linear call or a convolution, and with ``g = dL/dy``
     the backward of ``y = x @ W.T + b`` is
@@ -65,8 +69,8 @@ def transform(
     be transformed again: the two results share its parameters and buffers, and each draws rows of its own.
 
     Args:
-        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically or, with ``example_inputs``, ``torch.export``
-            can export; the graph then keeps the dtype and the device that the model has now.
+        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically or, with ``example_inputs``, any. A graph of
+            ``torch.export`` keeps the dtype and the device that the model has now.
         num_paths, density: short for ``rows=rwfx.RandomWalk(num_paths, density)``: 50 walks a step by default. With a
             density, above 0 and at most 1, every row set has that share of its weight's rows, rounded up: no shape
             changes from step to step and nothing is read back from a GPU, as CUDA graphs need
@@ -111,7 +115,7 @@ def transform(
     _check_policy(policy, mode, resample_every)
     dx = dx or ("full" if mode == "masked" else "rows")
     included, excluded = given_places("include", include), given_places("exclude", exclude)
-    if isinstance(model, SparseModule):
+    if isinstance(model, Transformed):
         raise ValueError("model is already transformed. Transform the model it was made from.")
 
     if of_examples is not None and mode == "masked":
@@ -123,12 +127,20 @@ def transform(
             f"got rows={policy!r}, examples={examples!r}."
         )
     captured = capture(model, example_inputs)
+    substituted = captured.route == tape.NAME
+    if substituted and of_examples is not None:
+        raise ValueError(
+            "examples= needs a graph of the forward pass, to follow the examples in it, and none holds that of "
+            f"{type(model).__name__} ({captured.notes[-1]}). Leave examples out of the arguments."
+        )
     check_names(captured.host)
     gm = normalize(GraphModule(captured.host, captured.train))
     shapes = shapes_of(gm, captured)
     graph = graph_of(gm, captured, shapes)
     densities = densities_of(policy.density, graph, included)
     unasked = left_out(gm, graph, captured, included, excluded, policy.density)
+    if substituted:
+        unasked = read_elsewhere(gm, graph, captured.host) | unasked
     lines = lines_of(gm, graph, captured, unasked, grad, policy, densities, of_examples is not None, shapes)
     kept = [line.weight for line in lines if not line.dense_because]
     gm, example_notes = _followed(gm, captured, of_examples)
@@ -138,7 +150,7 @@ def transform(
         raise ValueError(f"no weight is left to make sparse ({reasons}).")
 
     seed = _common_seed() if seed is None else int(seed)
-    device = captured.host.get_parameter(lines[0].weight).device
+    device = captured.host.get_parameter(graph.parameter(lines[0].weight)).device
     # Beside weights on the meta device, which have no data to draw by, what the report reads is still there.
     home = torch.device("cpu") if device.type == "meta" else device
     if device.type == "cpu":
@@ -146,6 +158,8 @@ def transform(
 
     def rewritten(kept: Sequence[str]) -> tuple[GraphModule, dict[str, RowNodes], RowSampler]:
         sampler = sampler_of(policy, graph, kept, seed, densities, resample_every).to(home)
+        if substituted:  # the calls are made row-sparse in the model's own modules
+            return gm, {}, sampler
         sampled, nodes = sample_rows(gm, sampler)
         sparse = sparse_backward(sampled, nodes, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
         if of_examples is not None:
@@ -153,7 +167,7 @@ def transform(
         return verify(read_columns(sparse), model, nodes), nodes, sampler
 
     sparse_gm, nodes, sampler = rewritten(kept)
-    lines = with_sources(lines, sparse_gm, nodes)
+    lines = with_expected(with_sources(lines, sparse_gm, nodes), gm, graph, sampler)
     costs = _cost_model(break_even, device.type, mode)
     if costs is not None:
         share = 1.0 if of_examples is None else expected_fraction(of_examples)
@@ -180,14 +194,14 @@ def transform(
         "resample_every": resample_every,
         "route": captured.route,
     }
-    sparse_model = SparseModule.over(
-        captured.host,
-        sparse_gm.graph,
-        captured.eval,
-        lines=lines,
-        settings=settings,
-        notes=(*graph.notes, *captured.notes, *sampler.notes, *example_notes),
-    )
+    about = {
+        "lines": lines,
+        "settings": settings,
+        "notes": (*graph.notes, *captured.notes, *sampler.notes, *example_notes),
+    }
+    if substituted:
+        return substitute(model, sampler, graph, (mode, dx, grad), **about)
+    sparse_model = SparseModule.over(captured.host, sparse_gm.graph, captured.eval, **about)
     sparse_model._modules[SAMPLER] = sampler
     if of_examples is not None:
         sparse_model._modules[EXAMPLES] = sparse_gm.get_submodule(EXAMPLES)

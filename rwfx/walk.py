@@ -46,7 +46,7 @@ def random_walks(
     """
     names = list(graph.names)
     stations, tables = stations_of(graph, names)
-    tensors = [weights[name].detach() for name in names]
+    tensors = [graph.tensor(name, weights).detach() for name in names]
     device = tensors[0].device
     visits = sweep(
         stations,

@@ -6,7 +6,7 @@ junctions where rows are added, and the heads, where walks start. It holds names
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,9 +18,12 @@ from torch.fx import GraphModule
 
 from rwfx.capture import Capture, capture, untouched
 from rwfx.capture.structure import leaves_of, rebuilt
+from rwfx.capture.tape import SHAPE
 from rwfx.labels import follow_rows
 from rwfx.passes.normalize import normalize
+from rwfx.passes.weights import Weight, weights_of
 from rwfx.stations import Junction, WeightUse, leaves
+from rwfx.weight_views import View
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class WeightGraph:
     heads: dict[int, Tensor]  # station of an output weight -> the int64 ids that reach an output
     names: dict[str, tuple[str, ...]]  # weight -> all its names, in execution order of the first use
     notes: tuple[str, ...] = ()  # operations that could only be followed roughly
+    weights: dict[str, Weight] = field(default_factory=dict)  # those of ``names`` that are views of parameters
 
     def __len__(self) -> int:
         """The number of ids."""
@@ -49,6 +53,15 @@ class WeightGraph:
     def station_of(self, ids: Tensor) -> Tensor:
         """The number of the station that each id belongs to; -1 for -1."""
         return torch.bucketize(ids, self.bases, right=True) - 1
+
+    def parameter(self, weight: str) -> str:
+        """The name of the parameter that a weight is, or is a view of."""
+        return self.weights[weight].parameter if weight in self.weights else weight
+
+    def tensor(self, weight: str, parameters: Mapping[str, Tensor]) -> Tensor:
+        """A weight as a tensor, given the parameters by name."""
+        parameter = parameters[self.parameter(weight)]
+        return self.weights[weight].view.of(parameter) if weight in self.weights else parameter
 
     def rows(self, weight: str) -> int:
         """How many rows a weight has."""
@@ -127,8 +140,8 @@ def weight_graph(model: nn.Module, example_inputs: Any = None) -> WeightGraph:
     """The weight graph of ``model``.
 
     Args:
-        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically or, with ``example_inputs``, ``torch.export``
-            can export. It is left as it was.
+        model: an ``nn.Module`` that ``torch.fx`` can trace symbolically or, with ``example_inputs``, any. It is left as
+            it was.
         example_inputs: a tuple, a dict of keyword arguments, or a single value for ``model.forward``;
             needed only where the model reshapes or branches in a way that depends on the shape of its inputs.
 
@@ -161,15 +174,23 @@ def graph_of(gm: GraphModule, captured: Capture, shapes: Mapping[str, torch.Size
         raise ValueError("no row of a weight reaches an output of the model, so no walk can start.")
     station = graph.station_of(ids)
     heads = {int(s): ids[station == s] for s in station.unique()}
-    weights = dict.fromkeys(use.weight for use in graph.uses)
-    return WeightGraph(trail.stations, heads, {w: tuple(aliases[w]) for w in weights}, trail.notes)
+    views = {of.name: of for of in weights_of(gm).values() if of.view != View()}
+    weights: dict[str, tuple[str, ...]] = {}
+    for weight in dict.fromkeys(use.weight for use in graph.uses):
+        whole = views[weight].parameter if weight in views else weight
+        part = weight.removeprefix(whole)
+        weights[weight] = tuple(alias + part for alias in aliases[whole])
+    return WeightGraph(trail.stations, heads, weights, trail.notes, views)
 
 
 def shapes_of(gm: GraphModule, captured: Capture) -> dict[str, torch.Size] | None:
-    """The shape of every node's value on the example inputs, computed without data; None without any."""
-    if captured.inputs is None:
-        return None
-    shapes: dict[str, torch.Size] = {}
+    """The shape of every node's value on the example inputs, computed without data; None without any.
+
+    Of a run that was written down they are known.
+    """
+    shapes = {node.name: node.meta[SHAPE] for node in gm.graph.nodes if SHAPE in node.meta}
+    if shapes or captured.inputs is None:
+        return shapes or None
 
     class Shapes(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:

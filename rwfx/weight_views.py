@@ -1,93 +1,106 @@
-"""Linear calls on a view of a parameter: on its transpose, as Hugging Face's ``Conv1D`` has it, or on some of its rows.
+"""Which part of a parameter a weight is: all of it, its transpose, some of its rows, one matrix of a stack.
 
-A view is found by taking it of a tensor without data and reading where its numbers lie.
+The weight ``(O, I)`` of a linear call need not be a parameter as it is stored: Hugging Face's ``Conv1D`` multiplies
+with a transpose, attention with parts of a packed weight, experts with one matrix of many. Each such *view* is a weight
+of its own, with a name such as ``in_proj_weight[0:64]`` and rows and a row set of its own, so that with a density every
+part has as many rows in every step. It is found by taking the view of a tensor without data and reading where its
+numbers lie.
 """
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_map
 
 from rwfx.label_rules import bare_name
 from rwfx.passes.parameters import parameter_of
 
 
-class WeightView(NamedTuple):
-    """``x @ parameter[first : first + rows].t()``; ``transposed``: of the parameter's transpose in place of it."""
+class View(NamedTuple):
+    """``p[index]``, or ``p`` itself; ``transposed`` of it the transpose; of that the rows ``first`` to ``last``."""
 
-    x: Any
-    parameter: nn.Parameter
-    first: int
-    rows: int
-    transposed: bool
+    index: int | None = None
+    transposed: bool = False
+    part: tuple[int, int] | None = None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The weight, which shares the parameter's memory."""
+        for function, *arguments in self._steps():
+            parameter = function(parameter, *arguments)
+        return parameter
+
+    def node(self, graph: Graph, parameter: str) -> Node:
+        """The same as new nodes of a graph."""
+        at = graph.get_attr(parameter)
+        for function, *arguments in self._steps():
+            at = graph.call_function(function, (at, *arguments))
+        return at
+
+    def name(self, parameter: str) -> str:
+        """The weight as one would write it: ``"w"``, ``"w[0:64]"``, of a transpose ``"w"`` and ``"w[:, 0:64]"``."""
+        places = [] if self.index is None else [str(self.index)]
+        if self.part is not None:
+            places += [*[":"] * self.transposed, f"{self.part[0]}:{self.part[1]}"]
+        return f"{parameter}[{', '.join(places)}]" if places else parameter
+
+    def _steps(self) -> Iterator[tuple[Any, ...]]:
+        if self.index is not None:
+            yield torch.select, 0, self.index
+        if self.transposed:
+            yield (torch.t,)
+        if self.part is not None:
+            yield torch.narrow, 0, self.part[0], self.part[1] - self.part[0]
 
 
-def weight_view(gm: GraphModule, node: Node) -> WeightView | None:
-    """What a call is linear in, if it is linear in a view of a parameter of two dimensions; None for any other node."""
-    operands = CALLS.get(node.target if callable(node.target) else str(node.target))
-    if operands is None or node.kwargs:
+def view_of(gm: GraphModule, node: Any, transpose: bool = False) -> tuple[nn.Parameter, View] | None:
+    """The parameter that a node, or its transpose, is a matrix of, and which one; None for any other node."""
+    if (parameter := parameter_of(gm, node)) is not None and not transpose:
+        return (parameter, View()) if parameter.dim() == 2 else None
+    if (found := like_view(gm, node)) is None or found[1].dim() != 2 or found[0].dim() not in (2, 3):
         return None
-    found = operands(*node.args)
-    view = None if found is None or not isinstance(found[1], Node) else _view(gm, found[1])
-    if found is None or view is None or view[1].dim() != 2:
+    if not found[0].numel():
         return None
-    parameter, weight_OI = view[0], view[1] if operands is _linear else view[1].t()
-    (rows, features), (row_stride, feature_stride) = weight_OI.shape, weight_OI.stride()
-    offset = int(weight_OI.storage_offset())
-    if (features, row_stride, feature_stride) == (parameter.shape[1], features, 1) and offset % features == 0:
-        return WeightView(found[0], parameter, offset // features, rows, False)
-    if (features, row_stride, feature_stride) == (*parameter.shape[:1], 1, parameter.shape[1]):
-        return WeightView(found[0], parameter, offset, rows, True)
-    return None
+    parameter, weight_OI = found[0], found[1].t() if transpose else found[1]
+    (down, across), (rows, features) = parameter.shape[-2:], weight_OI.shape
+    index, offset = divmod(int(weight_OI.storage_offset()), down * across)
+    stack = None if parameter.dim() == 2 else index
+    if (features, weight_OI.stride()) == (across, (across, 1)) and offset % across == 0:
+        first, transposed, size = offset // across, False, down
+    elif (features, weight_OI.stride()) == (down, (1, across)):
+        first, transposed, size = offset, True, across
+    else:
+        return None
+    return parameter, View(stack, transposed, None if rows == size else (first, first + rows))
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> tuple[Any, Any]:
-    return x, weight
-
-
-def _product(*operands: Any) -> tuple[Any, Any] | None:
-    return operands if len(operands) == 2 else None
-
-
-def _addmm(*operands: Any) -> tuple[Any, Any] | None:
-    return operands[1:] if len(operands) == 3 else None
-
-
-_aten = torch.ops.aten
-CALLS: dict[Any, Callable[..., tuple[Any, Any] | None]] = {
-    F.linear: _linear,
-    _aten.linear.default: _linear,
-    operator.matmul: _product,
-    torch.matmul: _product,
-    torch.mm: _product,
-    "matmul": _product,
-    "mm": _product,
-    _aten.matmul.default: _product,
-    _aten.mm.default: _product,
-    torch.addmm: _addmm,
-    _aten.addmm.default: _addmm,
-}
 VIEWS = {
-    *("t", "transpose", "permute", "swapaxes", "numpy_T", "mT", "view", "alias", "detach"),
+    *("t", "transpose", "permute", "swapaxes", "numpy_T", "mT", "getattr", "view", "alias"),
     *("split", "split_with_sizes", "chunk", "unbind", "select", "slice", "narrow", "getitem"),
 }
 
 
-def _view(gm: GraphModule, node: Node) -> tuple[nn.Parameter, Tensor] | None:
+def like_view(gm: GraphModule, node: Any) -> tuple[nn.Parameter, Tensor] | None:
     """The parameter that a node is a view of, and the view of a tensor like it without data."""
+    found = _followed(gm, node)
+    return found if found is not None and isinstance(found[1], Tensor) else None
+
+
+def _followed(gm: GraphModule, node: Any) -> tuple[nn.Parameter, Any] | None:
+    """The same, or of a call that gives several views all of them."""
+    if not isinstance(node, Node):
+        return None
     if (parameter := parameter_of(gm, node)) is not None:
-        contiguous = parameter.dim() == 2 and parameter.is_contiguous()
-        return (parameter, torch.empty(parameter.shape, device="meta")) if contiguous else None
+        return (parameter, torch.empty(parameter.shape, device="meta")) if parameter.is_contiguous() else None
     sources = node.all_input_nodes
     if len(sources) != 1 or node.op not in ("call_function", "call_method") or bare_name(node.target) not in VIEWS:
         return None
-    if (source := _view(gm, sources[0])) is None:
+    if node.target is getattr and node.args[1] not in ("T", "mT"):
+        return None
+    if (source := _followed(gm, sources[0])) is None:
         return None
     args, kwargs = tree_map(lambda a: source[1] if isinstance(a, Node) else a, (node.args, node.kwargs))
-    function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    function: Callable[..., Any] = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
     return source[0], function(*args, **kwargs)

@@ -64,7 +64,7 @@ def asked_for(
 
 def matches(names: Collection[str], pattern: str) -> bool:
     """Whether a weight of these names, or a module that it lies in, has a name like ``pattern``."""
-    return any(fnmatchcase(path, pattern) for name in names for path in _paths(name))
+    return any(path == pattern or fnmatchcase(path, pattern) for name in names for path in _paths(name))
 
 
 def _asks(
@@ -75,12 +75,18 @@ def _asks(
     if isinstance(place, str):
         return weight in roles.get(place, ()) or matches(names, place)
     if isinstance(place, type):
-        around = {path for name in names for path in (*_paths(name)[1:], "")}
+        around = {path for name in names for path in (*_modules(name), "")}
         return any(isinstance(host.get_submodule(path), place) for path in around)
     return any(bool(place(name, host.get_submodule(name.rpartition(".")[0]))) for name in names)
 
 
 def _paths(weight: str) -> list[str]:
-    """A weight's name and those of all modules that it lies in, the innermost first."""
-    parts = weight.split(".")
+    """A weight's name, that of its parameter, of which it may be a part (``"in_proj_weight[0:64]"``), and those of all
+    modules that it lies in, the innermost first."""
+    parameter = weight.partition("[")[0]
+    return list(dict.fromkeys([weight, parameter, *_modules(weight)]))
+
+
+def _modules(weight: str) -> list[str]:
+    parts = weight.partition("[")[0].split(".")[:-1]
     return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]

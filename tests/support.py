@@ -15,7 +15,6 @@ from rwfx.label_rules import bare_name, operation_of
 from rwfx.label_run import spelled
 from rwfx.passes.normalize import CONVOLUTIONS, normalize, weight_of
 from rwfx.weight_graph import graph_of, shapes_of
-from rwfx.weight_views import weight_view
 
 IDENTITIES = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "dropout", "feature_dropout"}
 
@@ -60,9 +59,6 @@ class Frozen(fx.Interpreter):
         if weight_of(self.gm, self.node) is not None:
             dim = -1 - CONVOLUTIONS.get(target, 0)
             return self.held(self.node.name, args[0], dim, lambda: target(*args, **kwargs), dim)
-        if (view := weight_view(self.gm, self.node)) is not None:
-            x = args[self.node.args.index(view.x)]
-            return self.held(self.node.name, x, -1, lambda: target(*args, **kwargs), -1, view.first)
         if bare_name(spelled(target)) in IDENTITIES:
             return args[0]
         return super().call_function(target, args, kwargs)
@@ -75,14 +71,14 @@ class Frozen(fx.Interpreter):
         out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
         return self.held(f"{name}#2", out, -1, lambda: out, -1)
 
-    def held(self, name, x, in_dim, run, out_dim, first=0):
-        """A fixed output of a call, whose first row is ``first``, with one row moved if it is to be."""
+    def held(self, name, x, in_dim, run, out_dim):
+        """A fixed output of a call, with one row moved if it is to be."""
         self.inputs[name] = x.movedim(in_dim, 0).flatten(1)
         if name not in self.outputs:
             self.outputs[name] = torch.rand_like(run()) * 0.1 + 0.1
         out = self.outputs[name].clone()
-        if self.moved and self.moved[0] == name and first <= self.moved[1] < first + out.shape[out_dim]:
-            row = out.select(out_dim, self.moved[1] - first)
+        if self.moved and self.moved[0] == name:
+            row = out.select(out_dim, self.moved[1])
             row += 0.05 * torch.rand_like(row)  # not alike at all places: attention would not see it
         return out
 

@@ -132,7 +132,7 @@ def test_places_that_very_many_rows_lead_to_are_one_place(monkeypatch):
     assert "more than 10 rows" in graph.notes[0]
 
 
-def test_a_weight_whose_rows_are_features_elsewhere_has_rows_in_its_first_layout_alone():
+def test_a_weight_whose_rows_are_features_elsewhere_is_two_weights():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -142,27 +142,18 @@ def test_a_weight_whose_rows_are_features_elsewhere_has_rows_in_its_first_layout
             return self.b(self.a(x).relu() @ self.a.weight)
 
     _, graph = captured_by_tracing(Tied(), (torch.randn(3, 4),))
-    assert [use.name for use in graph.uses] == ["a.weight", "b.weight"]
-    assert "with its rows as features" in graph.notes[0]
-    assert torch.equal(graph.leaves(graph.uses[1].feature_map), torch.arange(6))
+    assert [(use.name, use.rows) for use in graph.uses] == [("a.weight", 6), ("a.weight[:, 0:4]", 4), ("b.weight", 2)]
+    assert graph.parameter("a.weight[:, 0:4]") == "a.weight"
+    assert not graph.notes
+    for use, fed in zip(graph.uses, graph.uses[1:], strict=False):
+        assert torch.equal(graph.leaves(fed.feature_map), torch.arange(use.base, use.base + use.rows))
 
 
-@pytest.mark.parametrize("kind", ["module", "transposed"])
-def test_weights_in_calls_without_a_row_sparse_backward_are_walked_and_stay_dense(kind):
-    class Transposed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.w, self.head = nn.Linear(3, 6), nn.Parameter(torch.randn(6, 5)), nn.Linear(5, 4)
-
-        def forward(self, x):
-            return self.head((self.stem(x) @ self.w).relu())
-
-    model, x = (Stack(1), torch.randn(2, 4, 3)) if kind == "module" else (Transposed(), torch.randn(2, 3))
-    # With example inputs torch.export would show the weights inside the module.
-    sparse = rwfx.transform(model, 5, example_inputs=None if kind == "module" else x)
+def test_weights_in_calls_without_a_row_sparse_backward_are_walked_and_stay_dense():
+    model, x = Stack(1), torch.randn(2, 4, 3)
+    sparse = rwfx.transform(model, 5)  # with example inputs torch.export would show the weights inside the module
     assert torch.equal(sparse(x), model(x))
-    dense = sparse.report.dense
-    among = {"attention.0.in_proj_weight", "attention.0.out_proj.weight"} if kind == "module" else {"w"}
+    dense, among = sparse.report.dense, {"attention.0.in_proj_weight", "attention.0.out_proj.weight"}
     assert among <= set(dense)
     assert all("no row-sparse backward" in dense[name] for name in among)
     assert "stem.weight" in sparse.rows
@@ -170,7 +161,7 @@ def test_weights_in_calls_without_a_row_sparse_backward_are_walked_and_stay_dens
     assert model.get_parameter(min(among)).grad.count_nonzero()
 
 
-def test_a_call_on_some_rows_of_a_weight_gives_those_rows():
+def test_the_parts_of_a_parameter_that_calls_read_are_weights():
     class Sliced(nn.Module):
         def __init__(self):
             super().__init__()
@@ -181,6 +172,6 @@ def test_a_call_on_some_rows_of_a_weight_gives_those_rows():
 
     _, graph = captured_by_tracing(Sliced(), (torch.randn(3, 5),))
     first, last, head = graph.uses
-    assert (first.name, last.name, first.rows, last.rows) == ("packed", "packed#2", 12, 12)
+    assert (first.name, last.name, first.rows, last.rows) == ("packed[0:4]", "packed[8:12]", 4, 4)
     for k, source in enumerate(head.feature_map):
-        assert graph.leaves(source[None]).tolist() == [first.base + k, last.base + 8 + k]
+        assert graph.leaves(source[None]).tolist() == [first.base + k, last.base + k]

@@ -232,7 +232,7 @@ def test_a_model_without_data_is_transformed_and_reported():
 
 
 class CountedDown(nn.Module):
-    """The number of places is the ceiling of a quotient to ``arange``; the table is cut at a number in a tensor."""
+    """The ceiling of a quotient says how many places there are, and the table is cut at a tensor's number."""
 
     def __init__(self):
         super().__init__()

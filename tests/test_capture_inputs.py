@@ -79,16 +79,6 @@ def in_place(self, x):
     return one(self, x)
 
 
-def by_value(self, x):
-    return one(self, x) * (2 if x.sum() > 0 else 3)
-
-
-def layer_drop(self, x):
-    if self.training and torch.rand(()) < 0.5:
-        return x
-    return one(self, x)
-
-
 REFUSED = {
     "no example inputs": (
         branching,
@@ -97,12 +87,6 @@ REFUSED = {
     ),
     "wrong example inputs": (one, torch.randn(5, 3), ["fails on example_inputs in module 'a'", "mat1 and mat2"]),
     "changed in place": (in_place, X, ["changes its input x in place", "input.clone"]),
-    "a branch on values": (
-        by_value,
-        X,
-        ["torch.fx.symbolic_trace fails", "torch.export fails", "x.sum\\(\\) > 0", "torch.where"],
-    ),
-    "random branches in training": (layer_drop, X, ["In eval mode it does not", "torch.rand", "layerdrop=0"]),
 }
 
 
@@ -118,6 +102,33 @@ def test_what_no_route_captures_is_refused_with_its_line_and_a_remedy(kind):
     assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), stream)
     assert given is None or torch.equal(given, before)
+
+
+def by_value(self, x):
+    return one(self, x) * (2 if x.sum() > 0 else 3)
+
+
+def layer_drop(self, x):
+    return x if self.training and torch.rand(()) < 0.5 else one(self, x)
+
+
+WHY = {
+    "a branch on values": (
+        by_value,
+        ["torch.fx.symbolic_trace fails", "torch.export fails in train mode", "x.sum() > 0", "torch.where"],
+    ),
+    "random branches in training": (layer_drop, ["In eval mode it does not", "torch.rand", "layerdrop=0"]),
+}
+
+
+@pytest.mark.parametrize("kind", WHY)
+def test_what_no_graph_holds_is_captured_as_one_run_with_the_reasons_lines_and_remedies(kind):
+    forward, words = WHY[kind]
+    torch.manual_seed(1)
+    captured = capture(module_with(forward), X.abs())
+    assert captured.route == "substitution"
+    for word in words:
+        assert word in captured.notes[-1]
 
 
 def test_a_quantised_model_is_refused():

@@ -14,6 +14,9 @@ TEXT = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 TINY = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 
 
+GPT2_PARTS = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
+
+
 def gpt2(library):
     config = library.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, use_cache=False)
     config.bos_token_id = config.eos_token_id = 0
@@ -53,6 +56,33 @@ def test_a_language_model_is_transformed_with_the_outputs_gradients_and_class_of
             assert_close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}")
     restored = pickle.loads(pickle.dumps(sparse)).eval()
     assert_close(restored(**batch).logits, model.eval()(**batch).logits, rtol=0, atol=0)
+
+
+def test_gpt2_is_row_sparse_in_every_block_with_the_gradients_of_masks():
+    library = pytest.importorskip("transformers")
+    model, batch = gpt2(library)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train().double()
+    ours, masked = (
+        rwfx.transform(copy.deepcopy(model), 6, mode=mode, dx="rows", seed=3, break_even=False, example_inputs=batch)
+        for mode in ("sparse", "masked")
+    )
+    blocks = {f"transformer.h.{k}.{part}.weight" for k in range(2) for part in GPT2_PARTS}
+    assert set(ours.rows) == blocks
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        for module in (compiled, masked):
+            module.zero_grad()
+            module(**batch).loss.backward()
+        assert_close(ours.rows, masked.rows)
+        assert all(0 < len(rows) < 64 for rows in ours.rows.values())
+        for (name, p), q in zip(ours.named_parameters(), masked.parameters(), strict=True):
+            assert_close(p.grad, q.grad, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+    for name, rows in ours.rows.items():
+        visited = ours.get_parameter(name).grad.count_nonzero(0)
+        assert visited.nonzero().squeeze(1).tolist() == rows.tolist()
 
 
 def test_a_language_model_compiles_as_one_graph():

@@ -138,10 +138,10 @@ class Cache:
 
 
 def test_what_a_graph_cannot_make_or_take_is_named():
-    with pytest.raises(ValueError, match=r"gives out an object of type Cache at \['cache'\]"):
-        capture(Model(lambda y, n: {"y": y, "cache": Cache()}), some(2, 4))
-    with pytest.raises(ValueError, match=r"argument weights of Nested\.forward is of type Cache"):
-        capture(Nested(), {"batch": {"x": some(2, 4)}, "weights": Cache()})
+    captured = capture(Model(lambda y, n: {"y": y, "cache": Cache()}), some(2, 4))
+    assert "gives out an object of type Cache at ['cache']" in captured.notes[-1]
+    captured = capture(Nested(), {"batch": {"x": some(2, 4)}, "weights": Cache()})
+    assert "argument weights of Nested.forward is of type Cache" in captured.notes[-1]
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)

@@ -41,8 +41,11 @@ def kernels():
 @pytest.mark.parametrize("dx", ["rows", "full"])
 @pytest.mark.parametrize("direct", [False, True], ids=["alone", "direct"])
 @pytest.mark.parametrize("activation", ["", *ACTIVATIONS], ids=lambda name: name or "none")
-def test_row_linear_is_the_python_implementation(kernels, activation, direct, dx, grad, dtype):
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+def test_row_linear_is_the_python_implementation(kernels, stored, activation, direct, dx, grad, dtype):
     x, w, b = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((4, 9, 40), (70, 40), (70,)))
+    if stored == "columns":
+        w = torch.randn(40, 70, dtype=dtype).t().requires_grad_()
     upstream = torch.randn(4, 9, 70, dtype=dtype)
     for some in ([], [3, 17, 60], list(range(70))):
         for read in (None, [], [0, 39], list(range(40))):
@@ -59,6 +62,7 @@ def test_row_linear_is_the_python_implementation(kernels, activation, direct, dx
             assert_close(ours[0][..., confined], theirs[0][..., confined], **tolerance)
             for a, e in zip(ours[1:], theirs[1:], strict=True):
                 assert a.layout == e.layout
+                assert a.is_sparse or a.stride() == e.stride()
                 assert_close(a.to_dense(), e.to_dense(), **tolerance)
 
 

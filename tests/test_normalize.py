@@ -128,5 +128,5 @@ def test_products_of_an_exported_graph_become_linear_calls():
     model, x = Products(), torch.randn(3, 4)
     for exported in (False, True):
         normalized = normalize(captured(model, x, exported))
-        assert sum(node.target is F.linear for node in normalized.graph.nodes) == 8
+        assert sum(node.target is F.linear for node in normalized.graph.nodes) == 10
         assert same(normalized(x), model(x))

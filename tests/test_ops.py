@@ -71,6 +71,34 @@ def test_opcheck(op, dx, grad, rows):
     torch.library.opcheck(overload(op), (*operands(), torch.tensor(rows, dtype=torch.int64), dx, grad))
 
 
+STORED = {
+    "by-columns": (lambda p: p.t(), (7, 5)),
+    "a-part-of-columns": (lambda p: p.t()[2:7], (7, 9)),
+    "a-part-of-rows": (lambda p: p[2:7], (9, 7)),
+    "by-columns-in-a-stack": (lambda p: p[1].t(), (3, 7, 5)),
+}
+
+
+@pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
+@OP
+@DX
+@ROW_SETS
+def test_a_weight_that_is_a_view_has_the_gradient_of_one_that_is_not(op, dx, rows, stored):
+    (view, shape), (x, _, b) = stored, operands((2, 3, 7))
+    p, rows = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.tensor(rows, dtype=torch.int64)
+    w = view(p)
+    y = op(x, w, b, rows, dx)
+    assert_close(y, F.linear(x, w, b), rtol=0, atol=0)
+    dense = oracle(x, w.detach().clone(memory_format=torch.contiguous_format).requires_grad_(), b, rows, dx)
+    ours = gradients(y, x, w, b, p)
+    for ours_, theirs in zip(ours[:3], dense, strict=True):
+        assert_close(ours_, theirs, rtol=0, atol=1e-12)
+    assert_close(view(ours[3]), dense[1], rtol=0, atol=1e-12)
+    # As the parameter is stored: autograd would copy any other.
+    assert op is masked_linear or ours[3].is_contiguous()
+    torch.library.opcheck(overload(op), (x, w.detach().requires_grad_(), b, rows, dx))
+
+
 @OP
 @DX
 @ROW_SETS

@@ -12,9 +12,11 @@ from rwfx.passes.normalize import normalize
 from rwfx.passes.sample_rows import RowNodes, sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.verify import verify
+from rwfx.passes.weights import weights_of
 from rwfx.policies import RandomWalk
 from rwfx.walk import WalkSampler
 from rwfx.weight_graph import graph_of
+from rwfx.weight_views import View
 
 
 def code(gm):
@@ -123,7 +125,7 @@ def test_every_spelling_of_a_product_becomes_a_linear_call():
     assert not any(node.target in ("t", "transpose", getattr) for node in calls)
 
 
-def test_a_product_with_rows_as_columns_is_left_alone():
+def test_a_product_with_rows_as_columns_is_a_call_on_the_transpose():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -133,7 +135,9 @@ def test_a_product_with_rows_as_columns_is_left_alone():
             return x @ self.w @ self.w.t().t()
 
     _, gm = captured(Model())
-    assert not any(node.target is F.linear for node in normalize(gm).graph.nodes)
+    gm = normalize(gm)
+    assert [of.view for of in weights_of(gm).values()] == [View(transposed=True), View(transposed=True)]
+    assert all(node.target is F.linear for node in weights_of(gm))
 
 
 def test_verify_notices_a_row_set_that_no_call_uses():

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from tqdm.auto import tqdm
 from rwfx.experiments.cli import main
 from rwfx.experiments.fresh import call_fresh
 from rwfx.experiments.machine import cuda_conditions
+from rwfx.experiments.models import encoder, residual_cnn
 from rwfx.experiments.speed import building, memory, sampler, steps, turns
 from rwfx.experiments.speed.building import Build
 from rwfx.experiments.speed.contenders import build, contenders
 from rwfx.experiments.speed.memory import Memory
-from rwfx.experiments.speed.plan import PARTS, SIZES, Draws, Images, Plan, Size, Thin, read_parts, read_size
+from rwfx.experiments.speed.plan import PARTS, SIZES, Draws, Network, Plan, Size, Thin, read_parts, read_size
 from rwfx.experiments.speed.run import run
 from rwfx.experiments.speed.sampler import Timing
 from rwfx.experiments.speed.steps import Turn
@@ -83,7 +85,7 @@ def test_parts_are_taken_in_their_own_order():
     assert read_parts("build,steps") == ("steps", "build")
     assert read_parts(",".join(PARTS)) == tuple(PARTS)
     with pytest.raises(
-        ValueError, match="the parts are steps, examples, convolutions, memory, sampler, build; given 'stepps'"
+        ValueError, match="the parts are steps, examples, networks, memory, sampler, build; given 'stepps'"
     ):
         read_parts("memory,stepps")
 
@@ -395,13 +397,17 @@ def test_a_failure_in_a_fresh_process_is_told_with_its_last_line():
 @pytest.mark.skipif(not memory.PROC.exists(), reason="the part memory reads /proc")
 def test_every_part_is_measured_and_written_with_the_conditions(tmp_path, capsys):
     thin = (Thin((8, 6, 6, 3), 5, 0.4, 0.5),)
-    images = (Images("small", (4, 6), 2, 8, 3, 0.5),)
-    text = run(plan(tmp_path, sizes=(SMALL,), thin=thin, images=images, dtype=torch.bfloat16), progress=False)
-    found = {(one["contender"], one["channels"]) for one in lines_of(tmp_path / "convolutions.csv")}
-    assert found == {(kind, where) for kind in ("forward", "dense", "sparse") for where in ("first", "last")}
+    networks = (
+        Network("images", partial(residual_cnn, (4, 6), 2, 10), (3, 8, 8), 3, 0.5, "SGD"),
+        Network("tokens", partial(encoder, 8, 2, 1, 10), (5, 8), 3, 0.5, "AdamW"),
+    )
+    text = run(plan(tmp_path, sizes=(SMALL,), thin=thin, networks=networks, dtype=torch.bfloat16), progress=False)
+    found = {(one["network"], one["contender"], one["channels"]) for one in lines_of(tmp_path / "networks.csv")}
+    places = (("images", "first"), ("images", "last"), ("tokens", "first"))
+    assert found == {(name, kind, where) for kind in ("forward", "dense", "sparse") for name, where in places}
     found = {(one["contender"], one["examples"], one["rows"]) for one in lines_of(tmp_path / "examples.csv")}
     assert found == {(kind, "0.4", "0.5") for kind in ("forward", "dense", "thin")}
-    names = ["build.csv", "convolutions.csv", "examples.csv", "memory.csv", "sampler.csv", "sampler.png", "speed.md"]
+    names = ["build.csv", "examples.csv", "memory.csv", "networks.csv", "sampler.csv", "sampler.png", "speed.md"]
     names.append("steps.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     document = (tmp_path / "speed.md").read_text()
@@ -439,7 +445,7 @@ def test_a_measurement_that_ends_early_leaves_the_parts_that_are_done(tmp_path, 
     [
         (
             ["--only", "steps,memry"],
-            "the parts are steps, examples, convolutions, memory, sampler, build; given 'memry'",
+            "the parts are steps, examples, networks, memory, sampler, build; given 'memry'",
         ),
         (["--sizes", "784"], "a size is WIDTHS@BATCH:PATHS"),
         (["--sizes", "8-4@8:5", "8-4@8:6"], "a size is there twice: 8-4@8"),

@@ -10,16 +10,20 @@ The routes are a ladder; the first that holds is taken:
 2. ``torch.export``, which needs example inputs: ATen operators, with branches and loops decided by the example and
    every decision about a shape checked at each call.
 
+3. Substitution, which needs example inputs too: the forward pass stays the model's own code, whatever it does, and the
+   graph is a run of it written down, in which the weight graph is found (``rwfx.capture.tape``).
+
 Where the first route holds and calls as a whole what has several weights inside (attention, a transformer's layers),
 the second is taken if it holds too: it shows them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from rwfx.capture import exported, symbolic
+from rwfx.capture import exported, symbolic, tape
 from rwfx.capture.allowed import check_model
 from rwfx.capture.host import shared_copy, untouched
 from rwfx.capture.inputs import ExampleInputs, bind_inputs
@@ -33,7 +37,7 @@ __all__ = ["Capture", "CaptureError", "ExampleInputs", "capture", "same_outputs"
 class Capture(Graphs):
     """A model as graphs, by the route that held."""
 
-    route: str  # "symbolic_trace" or "torch.export"
+    route: str  # "symbolic_trace", "torch.export" or "substitution"
     inputs: ExampleInputs | None = None  # those of the caller, as arguments of forward
 
 
@@ -67,5 +71,18 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     if closed is not None:
         why = f"weights inside what is called as a whole stay dense, as torch.export cannot show them: {failures[-1]}"
         return replace(closed, notes=(*closed.notes, why))
+    if inputs is not None:
+        try:
+            graphs = tape.capture(model, inputs)
+        except CaptureError as error:
+            failures.append(error)
+        else:
+            return Capture(graphs.host, graphs.train, graphs.eval, (*graphs.notes, _why(failures)), tape.NAME, inputs)
     name = type(model).__name__
     raise ValueError("\n".join([f"cannot trace {name}:", *(f"- {error}" for error in failures)])) from failures[0]
+
+
+def _why(failures: Sequence[CaptureError]) -> str:
+    return f"no graph holds its forward pass, which stays the model's own: {' '.join(map(str, failures))}".replace(
+        "\n", " "
+    )

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import Dim
 from torch.fx.experimental import _config as symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 
@@ -18,6 +20,9 @@ class Freedom(NamedTuple):
     from_zero: bool  # whether 0 and 1 are sizes like any other, or the graph is for larger ones
     note: str  # what the graph does not do
 
+
+# What torch.export raises where the forward pass depends on the values of a tensor.
+DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 # From the freest.
 FREEDOMS = (
@@ -34,6 +39,8 @@ MOST_OPERATIONS = 20
 
 def after(freedom: Freedom, error: Exception) -> tuple[Freedom, ...]:
     """What is left to try where ``freedom`` failed with ``error``."""
+    if isinstance(error, DATA_DEPENDENT):  # on no size of an input
+        return ()
     left = FREEDOMS[FREEDOMS.index(freedom) + 1 :]
     return tuple(f for f in left if not isinstance(error, Tangled) or f.open_dims(2) < freedom.open_dims(2))
 

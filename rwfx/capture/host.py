@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rwfx.capture.route import PLAIN
+from rwfx.capture.streams import put_back
 from rwfx.capture.structure import leaves_of
 
 CONSTANTS = "_traced_constants"  # the part of a host that holds the tensors that a graph needs and the model has not
@@ -51,7 +52,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     # The tensors, not their names: a forward pass may put others there.
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = sorted({t.device.index for t in module.parameters() if t.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), put_back():
         try:
             yield
         finally:

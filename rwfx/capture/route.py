@@ -1,6 +1,7 @@
 """What every route of the capture gives: graphs, or an error that says where it failed and what to do."""
 
 import linecache
+import os
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,15 @@ class CaptureError(ValueError):
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
 
+PYTORCH = (str(Path(torch.__file__).parent) + os.sep,)  # where its own files are
+
+
 def place_of(error: BaseException, root: nn.Module, path: str | None = None) -> str:
     """Where in the model's own code an error was raised: the module and the line, as far as they are known.
 
     ``path``: the module, where the caller knows it.
     """
-    foreign = (*(str(Path(of).parent) for of in (torch.__file__, np.__file__, __file__)), "<")
+    foreign = (*PYTORCH, *(str(Path(of).parent) for of in (np.__file__, __file__)), "<")
     paths = {id(module): path for path, module in root.named_modules()}
     frames = [(frame, number) for frame, number in traceback.walk_tb(error.__traceback__)]
     for frame, _ in frames:

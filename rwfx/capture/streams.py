@@ -7,22 +7,33 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 @contextmanager
 def undrawn(complaint: Exception) -> Iterator[None]:
-    """Put torch's stream back, and raise ``complaint`` if any stream was drawn from."""
-    before, others = _streams()
-    try:
-        yield
-    finally:
-        after, others_after = _streams()
-        torch.set_rng_state(before)
-    if not (torch.equal(after, before) and others_after == others):
+    """Put the streams back, and raise ``complaint`` if any was drawn from."""
+    before = torch.get_rng_state()
+    with put_back() as others:
+        try:
+            yield
+        finally:
+            is_drawn = not (torch.equal(torch.get_rng_state(), before) and _others() == others)
+            torch.set_rng_state(before)
+    if is_drawn:
         raise complaint
 
 
-def _streams() -> tuple[Tensor, bytes]:
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002  the global stream is what a model may read
-    return torch.get_rng_state(), pickle.dumps(others)
+@contextmanager
+def put_back() -> Iterator[bytes]:
+    """Put the streams of Python and of numpy back; gives what they are."""
+    before = _others()
+    try:
+        yield before
+    finally:
+        of_python, of_numpy = pickle.loads(before)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002  the global stream is what a model may read
+
+
+def _others() -> bytes:
+    return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002

@@ -1,11 +1,11 @@
 """The networks the experiments train; equal seeds give equal weights."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -82,6 +82,28 @@ def sentence_transformer(words: int, length: int, width: int, heads: int, blocks
         return SentenceTransformer(words, length, width, heads, blocks)
 
 
+def encoder(width: int, heads: int, blocks: int, classes: int, seed: int) -> nn.Module:
+    """Make blocks of a transformer and a head on the mean of the tokens: ``(B, L, width)`` to ``(B, classes)``."""
+    with _seeded(seed):
+        return Encoder(width, heads, blocks, classes)
+
+
+class Encoder(nn.Module):
+    """Blocks as those of ``SentenceTransformer``, over tokens that are vectors already."""
+
+    def __init__(self, width: int, heads: int, blocks: int, classes: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_Block(width, heads) for _ in range(blocks)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, h_BLW: Tensor) -> Tensor:
+        """Give the score of each class."""
+        for block in self.blocks:
+            h_BLW = block(h_BLW)
+        return self.head(self.norm(h_BLW).mean(1))
+
+
 class SentenceTransformer(nn.Module):
     """Words and their places, blocks of attention and perceptron, the mean over the words, and a head.
 
@@ -102,7 +124,7 @@ class SentenceTransformer(nn.Module):
         blank_BL = words_BL == 0
         h_BLW = self.words(words_BL) + self.places
         for block in self.blocks:
-            h_BLW = block(h_BLW, blank_BL)
+            h_BLW = block(h_BLW, ~blank_BL[:, None, None])
         said_BL1 = (~blank_BL).unsqueeze(-1).to(h_BLW.dtype)
         return self.head((self.norm(h_BLW) * said_BL1).sum(1) / said_BL1.sum(1))
 
@@ -114,15 +136,14 @@ class _Block(nn.Module):
         self.norm, self.query, self.key = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
         self.value, self.join = nn.Linear(width, width), nn.Linear(width, width)
         self.perceptron = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width)
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, h_BLW: Tensor, blank_BL: Tensor) -> Tensor:
+    def forward(self, h_BLW: Tensor, read_BHLL: Tensor | None = None) -> Tensor:
+        """``read_BHLL``: which tokens each may read, broadcast; all by default."""
         n_BLW = self.norm(h_BLW)
         q, k, v = self._cut(self.query(n_BLW)), self._cut(self.key(n_BLW)), self._cut(self.value(n_BLW))
-        scores_BHLL = (q @ k.transpose(-2, -1)) / math.sqrt(self.size)
-        scores_BHLL = scores_BHLL.masked_fill(blank_BL.unsqueeze(1).unsqueeze(1), -math.inf)
-        seen_BHLS = torch.softmax(scores_BHLL, -1) @ v
+        seen_BHLS = F.scaled_dot_product_attention(q, k, v, read_BHLL)
         h_BLW = h_BLW + self.join(seen_BHLS.transpose(1, 2).flatten(2))
         return h_BLW + self.perceptron(h_BLW)
 

@@ -109,6 +109,17 @@ Tensor gather_rows(const Tensor& w, const Tensor& rows, const optional<Tensor>& 
   return out;
 }
 
+// Whether a weight is the transpose of how it is stored, as Hugging Face's Conv1D has it.
+bool is_by_columns(const Tensor& w) {
+  return w.sym_stride(0) == 1 && w.sym_stride(1) != 1;
+}
+
+// w[rows], and of these the columns given, of a weight (O, I) that is stored either way: read where its numbers are
+// beside each other.
+Tensor gather_weight(const Tensor& w, const Tensor& rows, const optional<Tensor>& columns = {}) {
+  return is_by_columns(w) ? gather_columns(w.t(), rows, false, columns).t() : gather_rows(w, rows, columns);
+}
+
 // A (B, I) that is x (B, C) in the columns given and zero elsewhere; with places it has `batch` of them, and all columns
 // where none are given.
 Tensor scatter_columns(
@@ -380,7 +391,8 @@ Gradients backward(
     const optional<Tensor>& examples,
     int64_t num_examples,
     std::string_view packed,
-    const optional<Tensor>& g_kept) {
+    const optional<Tensor>& g_kept,
+    bool by_columns) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor rows = given_rows.contiguous();
   const int64_t num_rows = g.size(-1), count = rows.numel();
@@ -417,7 +429,10 @@ Gradients backward(
     return grad == "rows" ? pack(values, rows, num_rows) : scatter_rows(values, rows, num_rows);
   };
   Tensor dx, dw, db;
-  if (a) {
+  if (a && by_columns && grad == "dense") {
+    const Tensor dw_IK = at::mm(taking_part(*a).to(g.scalar_type()).t(), g_BK).to(dtype);
+    dw = (all_rows ? dw_IK : scatter_columns(dw_IK, rows, num_rows, {}, dw_IK.size(0))).t();
+  } else if (a) {
     dw = of_parameter(at::mm(g_BK.t(), taking_part(*a).to(g.scalar_type())));
   }
   if (needs_bias) {
@@ -441,7 +456,7 @@ Gradients backward(
       const bool all_columns = columns.numel() == width;
       const Tensor w_KC = all_columns && all_rows
           ? *weight
-          : gather_rows(*weight, rows, all_columns ? optional<Tensor>() : optional<Tensor>(columns));
+          : gather_weight(*weight, rows, all_columns ? optional<Tensor>() : optional<Tensor>(columns));
       const Tensor w = w_KC.to(g.scalar_type());
       const auto gather = [&](const Tensor& x) { return gather_columns(x, columns, direct, places); };
       if (direct) {
@@ -451,7 +466,7 @@ Gradients backward(
         dx = finish(through(at::mm(g_BK, w), gather), columns);
       }
     } else {
-      const Tensor w = full_dx || all_rows ? *weight : gather_rows(*weight, rows, {});
+      const Tensor w = full_dx || all_rows ? *weight : gather_weight(*weight, rows);
       const Tensor g_x = full_dx ? of_all_rows() : g_BK;
       dx = finish(through(at::mm(g_x, w.to(g.scalar_type())), taking_part), {});
     }
@@ -580,7 +595,8 @@ using BackwardOp = Gradients(
     const optional<Tensor>&,
     c10::SymInt,
     std::string_view,
-    const optional<Tensor>&);
+    const optional<Tensor>&,
+    bool);
 
 // at::linear as it computes above autograd: there a product with a weight that is learned is always one of matrices, and
 // below, where this runs, that of an input that is not contiguous would be a batch of them, which rounds differently.
@@ -654,6 +670,7 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         bias.has_value() && bias->defined(), kept_weight.has_value(), kept_bias.has_value()};
     ctx->saved_data["full_dx"] = dx == "full";
     ctx->saved_data["direct"] = direct;
+    ctx->saved_data["by_columns"] = is_by_columns(weight);
     ctx->saved_data["grad"] = std::string(kept_weight ? "kept" : grad);
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["dtypes"] = std::vector<int64_t>{
@@ -706,7 +723,8 @@ class RowLinear : public torch::autograd::Function<RowLinear> {
         held("examples"),
         ctx->saved_data["num_examples"].toSymInt(),
         ctx->saved_data["packed"].toStringRef(),
-        g_kept);
+        g_kept,
+        ctx->saved_data["by_columns"].toBool());
     variable_list all(19);
     all[0] = dx;
     all[kept ? 3 : 1] = dw;

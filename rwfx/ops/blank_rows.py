@@ -1,9 +1,6 @@
-"""What a forward pass prepares for a choice in the backward pass.
+"""``rwfx::blank_rows``: row sets of the right size and no content, for a choice in the backward pass.
 
-``rwfx::blank_rows``  row sets of the right size and no content. In: how many rows. Out: tensors whose size the compiler
-                      takes for unknown, so that another number is no new compilation.
-``rwfx::tick_``       the state of a random stream, for a draw in the backward pass, and the stream one step on: in one,
-                      or a compiler would copy the state where it is used, when it has stepped on already.
+In: how many rows. Out: tensors whose size the compiler takes for unknown, so that another number is no new compilation.
 """
 
 import torch
@@ -23,16 +20,3 @@ def _(like: Tensor, budget: Tensor, sizes: list[int]) -> list[Tensor]:
 def _(like: Tensor, budget: Tensor, sizes: list[int]) -> list[Tensor]:
     shape_env = torch.library.get_ctx()._shape_env
     return [like.new_empty((allocate_size(shape_env, 1, size),)) for size in sizes]
-
-
-torch.library.define("rwfx::tick_", "(Tensor(a!) state) -> Tensor")
-
-
-@torch.library.impl("rwfx::tick_", "default")
-def _(state: Tensor) -> Tensor:
-    before = state.clone()
-    state[1:].add_(1)
-    return before
-
-
-torch.library.register_fake("rwfx::tick_", torch.empty_like)

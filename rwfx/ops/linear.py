@@ -72,7 +72,8 @@ def row_linear(
         db[R]    = h.sum(0)                       zero, or absent, elsewhere
 
     Args:
-        x: ``(*, I)``, any leading shape.    weight: ``(O, I)``.    bias: ``(O,)`` or None.
+        x: ``(*, I)``, any leading shape.    weight: ``(O, I)``, stored either way: the transpose ``w.t()`` of a
+            parameter ``(I, O)`` gets a dense gradient that is stored as that is.    bias: ``(O,)`` or None.
         rows: ``(K,)`` int64, sorted, no repeats, ``0 <= rows < O``; ``K = 0`` is allowed. Order, repeats
             and range are the caller's promise: to look would cost a synchronisation every step.
         dx: ``"rows"`` or ``"full"``: the rows that the gradient of ``x`` is summed over.
@@ -226,6 +227,7 @@ class _Linear(torch.autograd.Function):
         ctx.seen, ctx.seen_all, ctx.chosen = seen, seen_all, chosen
         ctx.examples, ctx.num_examples = examples, num_examples
         ctx.dx, ctx.grad, ctx.x_dtype, ctx.dtype = dx, grad, x.dtype, weight.dtype
+        ctx.by_columns = weight.stride(0) == 1 and weight.stride(1) != 1
         # Not an operator of ours, so that a compiler sees a product like any other.
         return _product(a, weight, bias, dtype)
 
@@ -295,7 +297,10 @@ class _RowLinear(_Linear):
                 return values
             if ctx.grad == "rows":
                 return pack_rows(values, rows, num_rows)
-            return values.new_zeros((num_rows, *values.shape[1:])).index_copy(0, rows, values)
+            sizes = num_rows, *values.shape[1:]
+            if ctx.by_columns:
+                return values.new_zeros(sizes[::-1]).index_copy(-1, rows, values.t()).t()
+            return values.new_zeros(sizes).index_copy(0, rows, values)
 
         dx = dw = db = None
         if needs_x:
@@ -402,7 +407,8 @@ def _product(a: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype 
 _library.define(
     "row_linear_backward(Tensor g, Tensor? a, Tensor? activated, Tensor? weight, Tensor rows, Tensor? columns, "
     "Tensor? scale, bool needs_bias, ScalarType x_dtype, ScalarType dtype, bool full_dx, str grad, str activation, "
-    "bool direct, Tensor? examples, SymInt num_examples, str packed, Tensor? g_kept) -> (Tensor, Tensor, Tensor)"
+    "bool direct, Tensor? examples, SymInt num_examples, str packed, Tensor? g_kept, bool by_columns) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -423,13 +429,17 @@ def _(
     activation,
     direct,
     examples,
-    *_,
+    num_examples,
+    packed,
+    g_kept,
+    by_columns,
 ):
     let_inductor_compare_sparse()
 
     def of_parameter(*features):
         if grad == "dense":
-            return g.new_empty((g.shape[-1], *features), dtype=dtype)
+            sizes = g.shape[-1], *features
+            return g.new_empty(sizes[::-1], dtype=dtype).t() if by_columns else g.new_empty(sizes, dtype=dtype)
         values = g.new_empty((rows.shape[0], *features), dtype=dtype)
         return row_gradient(torch.empty_like(rows), values, g.shape[-1]) if grad == "rows" else values
 

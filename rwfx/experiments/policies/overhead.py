@@ -30,8 +30,8 @@ from rwfx.files import replacing
 from rwfx.ops import observe_, record_, top_rows
 from rwfx.passes.sample_rows import SAMPLER
 from rwfx.sampler import RowSampler
-from rwfx.sparse_module import SparseModule
 from rwfx.transform import transform
+from rwfx.transformed import Transformed
 from rwfx.walk import WalkSampler
 
 ROUNDS = 12
@@ -90,7 +90,7 @@ def run(plan: Plan, *, progress: bool = True) -> list[Line]:
     return lines
 
 
-def choosing(sparse: SparseModule, batch_size: int) -> Callable[[], None]:
+def choosing(sparse: Transformed, batch_size: int) -> Callable[[], None]:
     """Give what ``sparse`` does in a step to choose rows, on random gradients."""
     sampler = sparse.get_submodule(SAMPLER)
     assert isinstance(sampler, RowSampler)

@@ -28,8 +28,8 @@ from rwfx.experiments.speed.turns import Call
 from rwfx.passes.sample_rows import SAMPLER
 from rwfx.policies import RandomWalk
 from rwfx.sampler import RowSampler
-from rwfx.sparse_module import SparseModule
 from rwfx.transform import transform
+from rwfx.transformed import Transformed
 
 SEED = 0
 
@@ -49,7 +49,7 @@ class Contender:
         """Of a sparse step the share of the backward's products that the last draw kept, K of O rows of each."""
         if self.kind != "sparse":
             return None
-        assert isinstance(self.network, SparseModule)
+        assert isinstance(self.network, Transformed)
         return self.network.report.kept_share
 
 
@@ -76,7 +76,7 @@ def build(plan: Plan, size: Size, kind: str, num_paths: int | None) -> tuple[nn.
     return network, rwfx.optim.Adam(network.parameters())
 
 
-def sparsify(plan: Plan, model: nn.Module, num_paths: int, kind: str = "sparse", **options: Any) -> SparseModule:
+def sparsify(plan: Plan, model: nn.Module, num_paths: int, kind: str = "sparse", **options: Any) -> Transformed:
     """Transform ``model`` as every part of a measurement does."""
     assert kind in ("masked", "sparse")
     options = {**plan.transform_options, **options}
@@ -123,7 +123,7 @@ def _step(plan: Plan, size: Size, kind: str, num_paths: int | None, compiled: bo
 
 
 def _sampler(sparse: Contender) -> Contender:
-    assert isinstance(sparse.network, SparseModule)
+    assert isinstance(sparse.network, Transformed)
     return Contender("sampler", sparse.num_paths, False, draw(sparse.network), sparse.network)
 
 
@@ -133,7 +133,7 @@ def _optimizer(plan: Plan, size: Size, num_paths: int) -> Contender:
     return Contender("optimizer", num_paths, False, optimizer.step, network)
 
 
-def draw(network: SparseModule) -> Call:
+def draw(network: Transformed) -> Call:
     """Give a call that draws the row sets of a step, as the forward of ``network`` does."""
     sampler = network.get_submodule(SAMPLER)
     assert isinstance(sampler, RowSampler)

@@ -6,16 +6,21 @@ A *size* is a perceptron with ReLUs, a batch, and the numbers of paths to measur
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from rwfx.experiments.models import encoder, residual_cnn
 
 PARTS = {
     "steps": "Step times",
     "examples": "Steps that leave out examples as well as rows",
-    "convolutions": "Steps of convolutions",
+    "networks": "Steps of networks of convolutions and of attention",
     "memory": "Memory",
     "sampler": "The row sampler by itself",
     "build": "Building and compiling",
@@ -64,20 +69,36 @@ THIN = (
 """What the part *examples* measures."""
 
 
+CLASSES = 10
+"""What the networks tell apart."""
+
+
 @dataclass(frozen=True)
-class Images:
-    """A residual network of convolutions, and the share of the rows that its steps keep."""
+class Network:
+    """A network, its batch, and the share of the rows that its steps keep."""
 
     name: str
-    channels: tuple[int, ...]
-    blocks: int
-    side: int
+    make: Callable[[int], nn.Module]
+    """From a seed."""
+    example: tuple[int, ...]
+    """The shape of one: an image's, or tokens and their width."""
     batch_size: int
     density: float
+    optimizer: str
+    """``SGD``, with momentum, or ``AdamW``."""
+
+    @property
+    def is_of_images(self) -> bool:
+        """Whether an example has channels and two sides."""
+        return len(self.example) == 3
 
 
-IMAGES = (Images("ResNet-18", (64, 128, 256, 512), 2, 32, 64, 0.1),)
-"""What the part *convolutions* measures."""
+NETWORKS = (
+    Network("ResNet-18", partial(residual_cnn, (64, 128, 256, 512), 2, CLASSES), (3, 32, 32), 64, 0.1, "SGD"),
+    Network("4 blocks of ViT-S", partial(encoder, 384, 6, 4, CLASSES), (197, 384), 8, 0.1, "AdamW"),
+    Network("4 blocks of BERT-base", partial(encoder, 768, 12, 4, CLASSES), (128, 768), 8, 0.1, "AdamW"),
+)
+"""What the part *networks* measures."""
 
 SIZES = {
     "cpu": (
@@ -117,7 +138,7 @@ class Plan:
     parts: tuple[str, ...] = tuple(PARTS)
     sizes: tuple[Size, ...] = SIZES["cpu"]
     thin: tuple[Thin, ...] = THIN
-    images: tuple[Images, ...] = IMAGES
+    networks: tuple[Network, ...] = NETWORKS
     rounds: int = 20
     compiled: bool = True
     """Whether what goes through ``torch.compile`` is measured too."""

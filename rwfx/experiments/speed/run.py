@@ -3,9 +3,9 @@
     python -m rwfx.experiments speed --sizes 784-256-128-10@128:10,50,200 --only steps,memory
 
 The parts: *steps*, times of steps and of their parts, all contenders in turn; *examples*, steps that leave out
-examples as well; *convolutions*, steps of a residual network; *memory*, the peak and what a step keeps; *sampler*,
-drawing rows by itself and how it grows; *build*, transforming and compiling. Each writes a CSV, and ``speed.md`` gets
-its tables and the conditions as soon as it is done.
+examples as well; *networks*, steps of convolutions and of attention; *memory*, the peak and what a step keeps;
+*sampler*, drawing rows by itself and how it grows; *build*, transforming and compiling. Each writes a CSV, and
+``speed.md`` gets its tables and the conditions as soon as it is done.
 """
 
 import os
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from rwfx.experiments.extras import require
 from rwfx.experiments.machine import as_markdown, check_device, conditions, cuda_conditions
 from rwfx.experiments.models import mlp
-from rwfx.experiments.speed import building, convolutions, memory, sampler, steps, thin
+from rwfx.experiments.speed import building, memory, networks, sampler, steps, thin
 from rwfx.experiments.speed.contenders import SEED, sparsify
 from rwfx.experiments.speed.plan import PARTS, Plan, check_plan
 from rwfx.files import replacing
@@ -23,7 +23,7 @@ from rwfx.files import replacing
 MEASURES: dict[str, Callable[[Plan, bool], str]] = {
     "steps": steps.run,
     "examples": thin.run,
-    "convolutions": convolutions.run,
+    "networks": networks.run,
     "memory": memory.run,
     "sampler": sampler.run,
     "build": building.run,

@@ -1,0 +1,113 @@
+"""The transformed model where no graph holds the forward pass: the model's own code, with row-sparse calls in it.
+
+In: a model, and a row sampler for some of its weights. Out: a copy of its tree of modules, which shares every tensor
+with it, and in which the modules that hold those weights are row-sparse. What the forward pass does beside calling
+them (branches, loops, hooks, draws, assignments) it does as before, on the copy.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from rwfx.capture import shared_copy
+from rwfx.capture.tape import MODULE, PLACE
+from rwfx.derived import Derived
+from rwfx.draws import TopKSampler
+from rwfx.passes.sample_rows import SAMPLER, observed
+from rwfx.row_calls import RowSparse, StepRows, can_be_row_sparse
+from rwfx.sampler import RowSampler
+from rwfx.transformed import Transformed
+from rwfx.weight_graph import WeightGraph
+from rwfx.weight_views import View
+
+
+class SubstitutedModule(Transformed, Derived):
+    """What ``rwfx.transform`` returns where no graph holds the forward pass; also a module of the model's own class.
+
+    Row sets are drawn at the start of every forward in train mode with gradients; the calls of a step, as many as there
+    are on a weight, share them. Otherwise it is the dense model.
+    """
+
+    _crossed: tuple[tuple[str, View], ...]  # the parameters that the sampler looks at, and as what
+    _steps: dict[str, StepRows]  # by weight, in the sampler's order
+    _seen: dict[str, list[str]]  # for each use of a weight the buffer that its call is to write; empty: none
+    _seen_all: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives."""
+        self._begin_step()
+        return super().forward(*args, **kwargs)
+
+    def _begin_step(self) -> None:
+        """Draw row sets, or let every call be the model's own."""
+        sampler = self._sampler
+        if not (sampler.kept and self.training and torch.is_grad_enabled()):
+            for step in self._steps.values():
+                step.rows = None
+            return
+        drawn = sampler(*[view.of(self.get_parameter(name)) for name, view in self._crossed])
+        for k, (name, step) in enumerate(self._steps.items()):
+            step.rows = drawn[k]
+            step.scale = drawn[len(self._steps) + k] if sampler.unbiased else None
+            step.chosen = sampler.chosen.get_buffer(str(k)) if isinstance(sampler, TopKSampler) else None
+            step.seen = [self.get_buffer(path) if path else None for path in self._seen[name]]
+            step.seen_all = self._seen_all
+            step.calls, step.kept = 0, {}
+
+
+def substitute(
+    model: nn.Module, sampler: RowSampler, graph: WeightGraph, how: tuple[str, str, str], **about: Any
+) -> SubstitutedModule:
+    """The model with row-sparse calls on the weights of ``sampler``, which was made for the weight graph ``graph``.
+
+    ``how``: mode, dx and grad, as of ``rwfx.transform``.
+
+    Raises:
+        ValueError: the model has an attribute by the name of one that a transformed model has.
+    """
+    _check_attributes(model)
+    host = shared_copy(model)
+    steps = {name: StepRows(how) for name in sampler.kept}
+    of_weight = {id(host.get_parameter(name)): step for name, step in steps.items()}
+    for path, module in list(host.named_modules()):
+        step = of_weight.get(id(module._parameters.get("weight")))
+        if step is not None and can_be_row_sparse(module):
+            RowSparse.derive(module).__dict__.update(step_rows=step, bias_name=f"{path}.bias")
+    seen, seen_all = observed(sampler)
+    by_use = {name: [seen.get(use.node, "") for use in graph.uses if use.weight == name] for name in steps}
+    views = {name: of.view for name, of in graph.weights.items()}
+    crossed = tuple((graph.parameter(name), views.get(name, View())) for name in sampler.crossed)
+    substituted = SubstitutedModule.derive(host)
+    substituted.__dict__.update(about, _crossed=crossed, _steps=steps, _seen=by_use, _seen_all=seen_all)
+    substituted._modules[SAMPLER] = sampler
+    return substituted
+
+
+def read_elsewhere(gm: GraphModule, graph: WeightGraph, host: nn.Module) -> dict[str, str]:
+    """The weights that are read by another call than that of a plain module of their own, each with the reason.
+
+    ``gm``: the normalized graph of a run over ``host`` that was written down (``rwfx.capture.tape``).
+    """
+    calls = {node.name: node for node in gm.graph.nodes}
+    found: dict[str, str] = {}
+    for use in graph.uses:
+        about: Mapping[str, Any] = calls[use.node].meta
+        module = None if about.get(MODULE) is None else host.get_submodule(about[MODULE])
+        is_own = module is not None and module._parameters.get("weight") is host.get_parameter(
+            graph.parameter(use.weight)
+        )
+        if use.weight in graph.weights or module is None or not is_own or not can_be_row_sparse(module):
+            found.setdefault(use.weight, f"it is read outside of its module's forward, at {about.get(PLACE)}")
+    return found
+
+
+def _check_attributes(model: nn.Module) -> None:
+    for name in (*vars(Transformed), *Transformed.__annotations__, SAMPLER):
+        if hasattr(model, name) and not hasattr(nn.Module, name):
+            raise ValueError(
+                f"the model has an attribute named {name!r}, which every transformed model has. Rename it, or put the "
+                "model into a module of its own."
+            )

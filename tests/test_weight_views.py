@@ -1,0 +1,240 @@
+"""Weights that are views of parameters: a model has the gradients of its twin, whose weights are parameters."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+import rwfx
+from rwfx.policies import AdaptiveWalk, LearnedWalk, Magnitude, TopK, Uniform
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+X = (6, 5, 8)
+
+
+class Views(nn.Module):
+    """Products with transposes, with parts of a packed weight and with one matrix of a stack; all in one model."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.up_bias = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(12))
+        self.packed, self.packed_bias = nn.Parameter(torch.randn(15, 12)), nn.Parameter(torch.randn(15))
+        self.stack, self.mix = nn.Parameter(torch.randn(3, 6, 9)), nn.Parameter(torch.randn(6, 14))
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = torch.addmm(self.up_bias, x.view(-1, 8), self.up).view(-1, 5, 12).relu()  # Hugging Face's Conv1D
+        q, k = self.packed.split([6, 9])
+        q_bias, k_bias = self.packed_bias.split([6, 9])
+        h = (F.linear(h, q, q_bias).tanh() @ self.stack[1]) * F.linear(h, k, k_bias)
+        h = h.matmul(self.stack[2].t()).relu()
+        return self.head((h @ self.mix[:, 2:7]).tanh())
+
+
+class Plain(nn.Module):
+    """The same with a parameter for each weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.q, self.k = nn.Linear(8, 12), nn.Linear(12, 6), nn.Linear(12, 9)
+        self.one, self.two = nn.Linear(6, 9, bias=False), nn.Linear(9, 6, bias=False)
+        self.mix, self.head = nn.Linear(6, 5, bias=False), nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = self.up(x.view(-1, 8)).view(-1, 5, 12).relu()
+        h = self.one(self.q(h).tanh()) * self.k(h)
+        h = self.two(h).relu()
+        return self.head(self.mix(h).tanh())
+
+
+# The weights of the two, and where one's parameters are in the other's.
+NAMES = {
+    "up.weight": "up",
+    "q.weight": "packed[0:6]",
+    "k.weight": "packed[6:15]",
+    "one.weight": "stack[1]",
+    "two.weight": "stack[2]",
+    "mix.weight": "mix[:, 2:7]",
+    "head.weight": "head.weight",
+}
+PLACES = {
+    "up.weight": lambda of: of["up"].t(),
+    "up.bias": lambda of: of["up_bias"],
+    "q.weight": lambda of: of["packed"][:6],
+    "k.weight": lambda of: of["packed"][6:],
+    "q.bias": lambda of: of["packed_bias"][:6],
+    "k.bias": lambda of: of["packed_bias"][6:],
+    "one.weight": lambda of: of["stack"][1].t(),
+    "two.weight": lambda of: of["stack"][2],
+    "mix.weight": lambda of: of["mix"][:, 2:7].t(),
+    "head.weight": lambda of: of["head.weight"],
+    "head.bias": lambda of: of["head.bias"],
+}
+
+
+def twins():
+    """The two models, with equal weights."""
+    views, plain = Views().double(), Plain().double()
+    parameters = dict(views.named_parameters())
+    plain.load_state_dict({name: place(parameters).detach() for name, place in PLACES.items()})
+    return views, plain
+
+
+def trained(model, steps=3, **options):
+    """What three steps of a transformed model drew, and the gradients of the last."""
+    torch.manual_seed(5)
+    x = torch.randn(X, dtype=torch.float64)
+    sparse = rwfx.transform(model, seed=7, break_even=False, example_inputs=x, **options)
+    drawn = []
+    for step in range(steps):
+        model.zero_grad()
+        (sparse(x + step) * torch.linspace(1, 2, 4, dtype=torch.float64)).square().sum().backward()
+        drawn.append(sparse.rows)
+    return sparse, drawn, {name: p.grad for name, p in model.named_parameters()}
+
+
+EVERYWHERE = {"*": 0.4}
+HOW = {
+    "walks": {"num_paths": 3},
+    "walks-full": {"num_paths": 3, "dx": "full"},
+    "walks-density": {"density": EVERYWHERE},
+    "adaptive": {"rows": AdaptiveWalk(3)},
+    "learned": {"rows": LearnedWalk(3)},
+    "uniform": {"rows": Uniform(EVERYWHERE, unbiased=True)},
+    "magnitude": {"rows": Magnitude(EVERYWHERE)},
+    "topk": {"rows": TopK(EVERYWHERE)},
+    "masked": {"num_paths": 3, "mode": "masked"},
+    "examples": {"num_paths": 3, "examples": 0.5},
+    "examples-alone": {"examples": 0.5},
+    "part-of-a-parameter-dense": {"num_paths": 3, "exclude": ["packed[0:6]", "stack[2]", "q.weight", "two.weight"]},
+}
+
+
+@pytest.mark.parametrize("options", HOW.values(), ids=HOW)
+def test_weights_that_are_views_train_as_weights_that_are_parameters(options):
+    views, plain = twins()
+    known = {*(name for name, _ in views.named_parameters()), *NAMES.values()}
+    by_model = [
+        {**options, "exclude": [name for name in options["exclude"] if (name in known) == own]}
+        if "exclude" in options
+        else options
+        for own in (True, False)
+    ]
+    (sparse, ours, gradients), (_, theirs, expected) = (
+        trained(model, **given) for model, given in zip((views, plain), by_model, strict=True)
+    )
+    for own, other in zip(ours, theirs, strict=True):
+        assert_close(own, {NAMES[name]: rows for name, rows in other.items()})
+    for name, place in PLACES.items():
+        assert_close(
+            place(gradients), expected[name], rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert not gradients["stack"][0].count_nonzero()
+    assert not gradients["mix"][:, [0, 1, *range(7, 14)]].count_nonzero()
+    assert sparse.rows.keys() | sparse.report.dense.keys() >= set(NAMES.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_forward_is_the_models_own_bit_for_bit(dtype):
+    model, x = Views().to(dtype), torch.randn(X, dtype=dtype)
+    sparse = rwfx.transform(model, 3, break_even=False)
+    for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1).contiguous(), x[:1]):
+        assert torch.equal(sparse(given), model(given))
+    with torch.autocast("cpu"):
+        assert torch.equal(sparse(x), model(x))
+    sparse.eval()
+    assert torch.equal(sparse(x), model(x))
+
+
+def test_a_compiled_model_draws_rows_of_views_without_a_break_or_a_recompilation():
+    views, _ = twins()
+    sparse = rwfx.transform(views, 3, break_even=False, seed=2)
+    eager, x = copy.deepcopy(sparse), torch.randn(X, dtype=torch.float64)
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+        for _ in range(4):
+            for module in (compiled, eager):
+                module.zero_grad()
+                module(x).square().sum().backward()
+            assert_close(sparse.rows, eager.rows)
+            for p, q in zip(sparse.parameters(), eager.parameters(), strict=True):
+                assert_close(p.grad, q.grad, rtol=0, atol=1e-10)
+                assert p.grad.stride() == q.grad.stride() == p.stride()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_transformed_model_with_views_is_pickled_and_shares_its_parameters():
+    views, _ = twins()
+    sparse = rwfx.transform(views, 3, break_even=False, seed=2)
+    assert list(sparse.state_dict()) == list(views.state_dict())
+    assert all(p is q for p, q in zip(sparse.parameters(), views.parameters(), strict=True))
+    again, x = pickle.loads(pickle.dumps(sparse)), torch.randn(X, dtype=torch.float64)
+    for module in (sparse, again):
+        module(x).sum().backward()
+    assert_close(again.rows, sparse.rows)
+
+
+def test_a_view_is_asked_for_by_its_own_name_and_by_its_parameters():
+    views, _ = twins()
+    sparse = rwfx.transform(views, 3, break_even=False, include=["packed", "stack[2]", "up"], exclude="packed[0:6]")
+    assert set(sparse.rows) == {"packed[6:15]", "stack[2]", "up"}
+    assert "include= does not ask for it" in sparse.report.dense["stack[1]"]
+    sparse = rwfx.transform(views, density={"packed": 0.5, "mix[:, 2:7]": 0.2}, break_even=False)
+    sparse(torch.randn(X, dtype=torch.float64)).sum().backward()
+    assert {name: len(rows) for name, rows in sparse.rows.items()} == {
+        "packed[0:6]": 3,
+        "packed[6:15]": 5,
+        "mix[:, 2:7]": 1,
+    }
+
+
+def test_walks_read_the_views_of_the_parameters_that_they_are_given():
+    views, plain = twins()
+    walks = [
+        rwfx.random_walks(rwfx.weight_graph(model), dict(model.named_parameters()), 40, seed=3)
+        for model in (views, plain)
+    ]
+    assert torch.equal(*walks)
+    assert (walks[0] >= 0).any(0).all()
+
+
+def test_a_view_has_no_row_gradient_and_says_so():
+    views, _ = twins()
+    sparse = rwfx.transform(views, 3, grad="rows", break_even=False)
+    assert set(sparse.rows) == {"head.weight"}
+    assert all('grad="dense"' in sparse.report.dense[name] for name in set(NAMES.values()) - {"head.weight"})
+    sparse(torch.randn(X, dtype=torch.float64)).sum().backward()
+    assert views.head.weight.grad.is_sparse
+    assert not views.packed.grad.is_sparse
+
+
+def test_a_weight_that_is_used_both_ways_has_a_row_set_for_each():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.head = nn.Linear(7, 5), nn.Linear(7, 3)
+
+        def forward(self, x):
+            return self.head(self.encode(x).relu() @ self.encode.weight)
+
+    model, x = Tied().double(), torch.randn(4, 7, dtype=torch.float64)
+    sparse = rwfx.transform(model, 2, break_even=False, seed=1)
+    sparse(x).sum().backward()
+    up, down = sparse.rows["encode.weight"], sparse.rows["encode.weight[:, 0:7]"]
+    ours = model.encode.weight.grad.clone()
+
+    def masked(y, rows):
+        mask = torch.zeros(y.shape[-1], dtype=y.dtype).index_fill(0, rows, 1)
+        return y * mask + (y * (1 - mask)).detach()
+
+    model.zero_grad()
+    h = masked(masked(model.encode(x), up).relu() @ model.encode.weight, down)
+    masked(model.head(h), sparse.rows["head.weight"]).sum().backward()
+    assert_close(ours, model.encode.weight.grad, rtol=0, atol=1e-12)
