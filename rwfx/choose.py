@@ -27,6 +27,7 @@ from rwfx.roles import heads_of, roles_of, vocabularies_of
 from rwfx.sampler import RowSampler
 from rwfx.schedules import Schedule
 from rwfx.stations import WeightUse
+from rwfx.unweighted import why_unweighted
 from rwfx.weight_graph import WeightGraph
 from rwfx.where import Where, asked_for, matches
 
@@ -93,6 +94,8 @@ def lines_of(
         if parameter.dim() >= 2 and name not in used:
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
             reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
+            if why := why_unweighted(gm, name):
+                reason += f": {why}"
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
     return tuple(lines)
 
