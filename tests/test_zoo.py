@@ -271,8 +271,16 @@ def test_the_report_counts_what_is_exact_and_names_what_is_wrong():
     text = report([SOUND, wrong])
     assert "| 1 of 2 " in text
     assert "- `timm/levit`: the gradient of w is off by nan" in text
-    assert surprise_of(replace(SOUND, suite="hugging_face", model="vilt")).startswith("no problem any more")
-    assert surprise_of(replace(wrong, suite="hugging_face", model="vilt")).startswith("another problem")
+
+
+def test_a_known_problem_that_is_gone_is_a_surprise_and_so_is_another_one(monkeypatch):
+    wrong = replace(SOUND, error="ValueError: cannot trace ResNet")
+    assert surprise_of(SOUND) == ""
+    assert surprise_of(wrong).startswith("a new problem")
+    monkeypatch.setitem(EXPECTED, "timm/resnet", "cannot trace")
+    assert surprise_of(wrong) == ""
+    assert surprise_of(SOUND).startswith("no problem any more")
+    assert surprise_of(replace(wrong, error="ValueError: other")).startswith("another problem")
 
 
 @pytest.mark.slow

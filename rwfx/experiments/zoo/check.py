@@ -26,7 +26,7 @@ from rwfx.sparse_module import SparseModule
 SEED = 1
 ROWS = rwfx.Uniform({"*": 0.3})
 """Of every weight, also of those that give outputs."""
-MULTIPLIED = ("several matrices at once", "computes a weight from it")
+MULTIPLIED = re.compile("several matrices at once|computes a weight from it")
 """What the report says of parameters that take part in a product which is no linear call on them."""
 
 
@@ -81,7 +81,7 @@ def account(model: nn.Module, sparse: SparseModule) -> dict[str, Any]:
     report = sparse.report
     # A weight by its first name, as the report has it.
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    weights = {line.weight for line in report.lines if line.calls or line.dense_because.endswith(MULTIPLIED)}
+    weights = {line.weight for line in report.lines if line.calls or MULTIPLIED.search(line.dense_because)}
     there = {weight.partition("[")[0] for weight in weights}  # parts of a parameter are weights of their own
     weights |= {names[id(weight)] for module in model.modules() for weight in _weights_of(module)} - there
     reasons = {name: reason for name, reason in report.dense.items() if name in weights}

@@ -61,7 +61,7 @@ class MaskedCalls(TorchFunctionMode):
         if operand.dim() != 2 or parameter.dim() not in (2, 3):
             return name
         down, across = parameter.shape[-2:]
-        index, offset = divmod(operand.storage_offset() - parameter.storage_offset(), down * across)
+        index, offset = divmod(int(operand.storage_offset()), down * across)
         transposed = operand.stride() == (1, across) and operand.shape[1] == down
         first, size = (offset, across) if transposed else (offset // across, down)
         part = None if len(operand) == size else (first, first + len(operand))
