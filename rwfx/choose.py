@@ -129,10 +129,9 @@ def left_out(
     by_name = asked_for("include", [place for place in include if place != "all"], weights, host, roles)
     if isinstance(densities, Mapping):
         by_name |= {weight for weight in weights if any(matches(weights[weight], pattern) for pattern in densities)}
-    how = 'include= ("head") or a density by name' if densities is None else "a density by name"
     reasons = {
         weight: f"it gives the scores of a vocabulary, as many rows as {table} has, and a row left out is a term "
-        f"of the loss left out; {how} makes it sparse"
+        'of the loss left out; include= ("head") or a density by name makes it sparse'
         for weight, table in vocabularies_of(host, graph).items()
         if weight not in by_name
     }
