@@ -22,12 +22,12 @@ from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.sparse_backward import SPARSE
 from rwfx.passes.weights import weights_of
 from rwfx.policies import Densities, Magnitude, Policy, TopK
-from rwfx.readers import no_call_because
 from rwfx.report import Line
 from rwfx.roles import heads_of, roles_of, vocabularies_of
 from rwfx.sampler import RowSampler
 from rwfx.schedules import Schedule
 from rwfx.stations import WeightUse
+from rwfx.unweighted import why_unweighted
 from rwfx.weight_graph import WeightGraph
 from rwfx.where import Where, asked_for, matches
 
@@ -94,7 +94,9 @@ def lines_of(
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and name not in used:
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
-            reason = no_call_because(gm, parameter, owner)
+            reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
+            if why := why_unweighted(gm, parameter):
+                reason += f": {why}"
             size = parameter.element_size()
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason, itemsize=size))
     return tuple(lines)

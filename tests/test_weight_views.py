@@ -238,3 +238,32 @@ def test_a_weight_that_is_used_both_ways_has_a_row_set_for_each():
     h = masked(masked(model.encode(x), up).relu() @ model.encode.weight, down)
     masked(model.head(h), sparse.rows["head.weight"]).sum().backward()
     assert_close(ours, model.encode.weight.grad, rtol=0, atol=1e-12)
+
+
+class Computed(nn.Module):
+    """Weights that are computed, multiplied several at once, looked up and gone over again and again."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(9, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.raw, self.experts = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(3, 5, 4))
+        self.again, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        h = F.linear(self.norm(self.table(ids)), self.raw - self.raw.mean(1, keepdim=True))
+        return self.head(self.again(torch.einsum("bti,eio->bto", h, self.experts))[0])
+
+
+def test_a_parameter_that_is_no_weight_stays_dense_with_the_reason():
+    ids = torch.randint(9, (2, 4))
+    sparse = rwfx.transform(Computed(), 3, break_even=False, example_inputs=ids)
+    assert set(sparse.rows) == {"head.weight"}
+    dense = sparse.report.dense
+    for name, reason in {
+        "table.weight": "looked up",
+        "norm.parametrizations.weight.original1": "computes a weight from it",
+        "raw": "computes a weight from it",
+        "experts": "einsum multiplies with several matrices",
+        "again.weight_ih_l0": "recurrent layer",
+    }.items():
+        assert reason in dense[name], (name, dense[name])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -25,8 +26,8 @@ from rwfx.sparse_module import SparseModule
 SEED = 1
 ROWS = rwfx.Uniform({"*": 0.3})
 """Of every weight, also of those that give outputs."""
-PRODUCTS = re.compile(r"(.* and )?(einsum|matmul|mm|bmm|addmm|baddbmm|grouped_mm\w*)( and |:)")
-"""How the report's reason begins for a parameter that a product reads which is no linear call."""
+MULTIPLIED = ("several matrices at once", "computes a weight from it")
+"""What the report says of parameters that take part in a product which is no linear call on them."""
 
 
 def check(entry: Entry) -> Record:
@@ -80,9 +81,9 @@ def account(model: nn.Module, sparse: SparseModule) -> dict[str, Any]:
     report = sparse.report
     # A weight by its first name, as the report has it.
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    weights = {line.weight for line in report.lines if line.calls}
-    weights |= {line.weight for line in report.lines if PRODUCTS.match(line.dense_because)}
-    weights |= {names[id(weight)] for module in model.modules() for weight in _weights_of(module)}
+    weights = {line.weight for line in report.lines if line.calls or line.dense_because.endswith(MULTIPLIED)}
+    there = {weight.partition("[")[0] for weight in weights}  # parts of a parameter are weights of their own
+    weights |= {names[id(weight)] for module in model.modules() for weight in _weights_of(module)} - there
     reasons = {name: reason for name, reason in report.dense.items() if name in weights}
     counted = Counter(_shortened(reason) for reason in reasons.values())
     return {
@@ -128,7 +129,7 @@ def graphs_of(sparse: SparseModule, inputs: Any) -> int:
     torch._dynamo.reset()
     try:
         call(torch.compile(sparse, fullgraph=True, backend="eager"), inputs)
-    except torch._dynamo.exc.TorchDynamoException:
+    except TorchDynamoException:
         torch._dynamo.reset()
         explained: Any = torch._dynamo.explain(lambda: call(sparse, inputs))()
         return explained.graph_count
@@ -181,7 +182,8 @@ def _weights_of(module: nn.Module) -> list[nn.Parameter]:
 
 def _shortened(reason: str) -> str:
     """A reason without what is different for every weight."""
-    return re.sub(r"\(\d.*\)|(?<= )\d+ (?=calls)", "", reason).split(", and a row left out")[0].strip()
+    own = re.sub(r"^no plain .*\): |, at .*:\d+$", "", reason)
+    return re.sub(r"\(\d.*\)|(?<= )\d+ (?=calls)", "", own).split(", and a row left out")[0].strip()
 
 
 def _same(ours: list[str], theirs: list[str]) -> str:
