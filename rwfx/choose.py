@@ -5,7 +5,6 @@ In: a captured model, its weight graph, what the caller asked for. Out: the repo
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from rwfx.passes.weights import weights_of
 from rwfx.policies import Densities, Magnitude, Policy, TopK
 from rwfx.report import Line
 from rwfx.roles import heads_of, roles_of, vocabularies_of
+from rwfx.row_gradients import all_or_none, why_no_row_gradient
 from rwfx.sampler import RowSampler
 from rwfx.schedules import Schedule
 from rwfx.stations import WeightUse
@@ -71,16 +71,10 @@ def lines_of(
         elif not all(_is_plain(gm, calls[use.node]) for use in uses):
             owner = type(captured.host.get_submodule(graph.parameter(weight).rpartition(".")[0])).__name__
             reason = f"a call that has no row-sparse backward uses it (it belongs to {owner})"
-        elif any(use.transposed for use in uses) and (grad == "rows" or isinstance(policy, Magnitude)):
-            what = "row gradient" if grad == "rows" else "norms of rows"
-            reason = f"the rows of a transposed convolution are not its weight's first dimension: it has no {what}"
-        elif grad == "rows" and weight in graph.weights:
-            reason = 'a row gradient has rows of a whole parameter, and this weight is only a view of one: grad="dense"'
-            reason += " makes it row-sparse"
-        elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
-            reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
+        elif any(use.transposed for use in uses) and isinstance(policy, Magnitude):
+            reason = "the rows of a transposed convolution are not its weight's first dimension: they have no norms"
         else:
-            reason = ""
+            reason = why_no_row_gradient(gm, graph, weight, policy) if grad == "rows" else ""
         # A module with weights of its own, or a call on a view of one, is taken to give its input a gradient.
         takers = [calls[use.node] for use in uses]
         input_grads = sum(not _is_plain(gm, call) or _needs_gradient(gm, call.args[0]) for call in takers)
@@ -99,7 +93,7 @@ def lines_of(
                 reason += f": {why}"
             size = parameter.element_size()
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason, itemsize=size))
-    return tuple(lines)
+    return all_or_none(lines, graph) if grad == "rows" else tuple(lines)
 
 
 def _is_plain(gm: GraphModule, call: Node) -> bool:
@@ -131,10 +125,9 @@ def left_out(
     by_name = asked_for("include", [place for place in include if place != "all"], weights, host, roles)
     if isinstance(densities, Mapping):
         by_name |= {weight for weight in weights if any(matches(weights[weight], pattern) for pattern in densities)}
-    how = 'include= ("head") or a density by name' if densities is None else "a density by name"
     reasons = {
         weight: f"it gives the scores of a vocabulary, as many rows as {table} has, and a row left out is a term "
-        f"of the loss left out; {how} makes it sparse"
+        'of the loss left out; include= ("head") or a density by name makes it sparse'
         for weight, table in vocabularies_of(host, graph).items()
         if weight not in by_name
     }
@@ -253,7 +246,7 @@ def weigh(
         if costs.sparse < costs.dense:
             reason = "drawing rows would cost more than all row-sparse backwards save"
         weighed.append(replace(line, costs=costs, dense_because=reason))
-    return tuple(weighed)
+    return all_or_none(weighed, graph) if grad == "rows" else tuple(weighed)
 
 
 def _places(call: Node, shapes: Mapping[str, torch.Size] | None) -> int | None:
@@ -269,19 +262,6 @@ def _batch(use: WeightUse, call: Node, shapes: Mapping[str, torch.Size]) -> int:
     """How many places of all examples it multiplies its weight with."""
     at: Any = call.args[0] if use.transposed else call
     return shapes[at.name].numel() // (len(use.feature_map) if use.transposed else use.rows)
-
-
-def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:
-    """Where the weight or the bias of these calls gets a gradient that is not confined to their row set, if it does."""
-    parameters = {id(p) for call in calls for p in map(partial(parameter_of, gm), call.args[1:3]) if p is not None}
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            shared = any(id(p) in parameters for p in gm.get_submodule(str(node.target)).parameters())
-        else:
-            shared = any(id(parameter_of(gm, n)) in parameters for n in node.all_input_nodes)
-        if shared and node not in calls:
-            return f"{node.name} uses its weight or bias too"
-    return ""
 
 
 def _needs_gradient(gm: GraphModule, node: Any) -> bool:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from oracles import to_dense
 from torch.testing import assert_close
 
-from rwfx.ops import keep_rows, masked_linear, pack_rows, row_linear, take_rows
+from rwfx.ops import keep_parts, keep_rows, masked_linear, pack_rows, row_linear, take_rows
 
 OPS = [row_linear, masked_linear]
 ROW_SETS = pytest.mark.parametrize("rows", [[], [2], [0, 3], [0, 1, 2, 3, 4]], ids=["none", "one", "some", "all"])
@@ -130,6 +130,7 @@ def test_kept_rows_receive_the_gradient_of_every_call_that_shares_them(op, dx, r
 def test_opcheck_of_row_gradients():
     w = torch.randn(5, 7, requires_grad=True)
     torch.library.opcheck(keep_rows, (w, torch.tensor([1, 4])))
+    torch.library.opcheck(keep_parts, (w, [torch.tensor([1]), torch.tensor([0, 2])], [0, 2]))
     torch.library.opcheck(pack_rows, (torch.randn(2, 7), torch.tensor([1, 4]), 5))
     rows = torch.tensor([1, 4])
     torch.library.opcheck(take_rows, (torch.randn(5, 7), rows))
