@@ -21,7 +21,7 @@ import rwfx
 from rwfx.experiments.zoo.catalogue import Entry, build
 from rwfx.experiments.zoo.oracle import masked_calls
 from rwfx.experiments.zoo.records import SKIPPED, Record
-from rwfx.sparse_module import SparseModule
+from rwfx.transformed import Transformed
 
 SEED = 1
 ROWS = rwfx.Uniform({"*": 0.3})
@@ -76,7 +76,7 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
     return model(*inputs)
 
 
-def account(model: nn.Module, sparse: SparseModule) -> dict[str, Any]:
+def account(model: nn.Module, sparse: Transformed) -> dict[str, Any]:
     """Count the linear and convolution weights, and say why those are dense that are."""
     report = sparse.report
     # A weight by its first name, as the report has it.
@@ -97,7 +97,7 @@ def account(model: nn.Module, sparse: SparseModule) -> dict[str, Any]:
     }
 
 
-def compare(model: nn.Module, sparse: SparseModule, inputs: Any, dtype: str) -> dict[str, Any]:
+def compare(model: nn.Module, sparse: Transformed, inputs: Any, dtype: str) -> dict[str, Any]:
     """Compare a training step of both: outputs, buffers and gradients."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     ours = _step(sparse, inputs)
@@ -124,7 +124,7 @@ def compare(model: nn.Module, sparse: SparseModule, inputs: Any, dtype: str) -> 
     }
 
 
-def graphs_of(sparse: SparseModule, inputs: Any) -> int:
+def graphs_of(sparse: Transformed, inputs: Any) -> int:
     """How many graphs ``torch.compile`` makes of a training forward."""
     torch._dynamo.reset()
     try:
