@@ -4,6 +4,7 @@ In: an ``Entry``. Out: a ``Record``. A third of the rows of every weight are dra
 the same seed and with the output gradients masked (``oracle``), says what outputs, buffers and gradients should be.
 """
 
+import random
 import re
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
@@ -34,7 +36,7 @@ def check(entry: Entry) -> Record:
     """Build a model, transform it and compare."""
     record = Record(entry.suite, entry.model)
     try:
-        torch.manual_seed(SEED)
+        _seed()
         model, inputs = build(entry)
         record = replace(record, parameters=sum(p.numel() for p in model.parameters()))
         model, inputs, dtype = in_double(model, inputs)
@@ -61,7 +63,7 @@ def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any, str]:
         return model, inputs, "meta"
     double = tree_map(lambda x: x.double() if _is_float(x) else x, inputs)
     try:
-        torch.manual_seed(SEED)
+        _seed()
         with torch.no_grad():
             call(model.double(), double)
     except RuntimeError:  # numbers of float32 that it makes itself meet those of float64
@@ -139,12 +141,19 @@ def graphs_of(sparse: Transformed, inputs: Any) -> int:
 def _step(model: nn.Module, inputs: Any) -> list[Tensor]:
     """A forward and backward pass under the seed of all; the output's tensors."""
     model.zero_grad()
-    torch.manual_seed(SEED)
+    _seed()
     outputs = [x for x in tree_leaves(call(model, inputs)) if isinstance(x, Tensor)]
-    torch.manual_seed(SEED)
+    _seed()
     losses = [(x * torch.randn_like(x)).sum() for x in outputs if x.requires_grad]
     torch.stack([loss.double() for loss in losses]).sum().backward()
     return [x.detach() for x in outputs]
+
+
+def _seed() -> None:
+    """All that a model may draw from."""
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002
+    torch.manual_seed(SEED)
 
 
 def _difference(ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor | None]) -> tuple[str, float]:

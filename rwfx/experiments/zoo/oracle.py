@@ -39,17 +39,18 @@ class MaskedCalls(TorchFunctionMode):
     ) -> Any:
         """Call ``func``, and hook its output where it is a call on one of the weights."""
         out = func(*args, **(kwargs or {}))
-        if not isinstance(out, Tensor) or not out.requires_grad:
+        if not isinstance(out, Tensor):
             return out
-        self.rounded |= out.dtype == torch.float32
+        self.rounded |= out.requires_grad and out.dtype == torch.float32
         if func in CALLS:
             operand, dim = CALLS[func](*args, **(kwargs or {}))
             weight = self._weight_of(operand)
             if weight in self.rows:
                 self.met.add(weight)
-                mask = torch.isin(torch.arange(out.shape[dim]), self.rows[weight])
-                mask = mask.view(-1, *[1] * (-1 - dim)).to(out)
-                out.register_hook(lambda g: g * mask)
+                if out.requires_grad:  # not before a weight that is frozen
+                    mask = torch.isin(torch.arange(out.shape[dim]), self.rows[weight])
+                    mask = mask.view(-1, *[1] * (-1 - dim)).to(out)
+                    out.register_hook(lambda g: g * mask)
         return out
 
     def _weight_of(self, operand: Any) -> str:
