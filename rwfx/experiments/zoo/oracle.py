@@ -65,8 +65,10 @@ class MaskedCalls(TorchFunctionMode):
         index, offset = divmod(int(operand.storage_offset()), down * across)
         transposed = operand.stride() == (1, across) and operand.shape[1] == down
         first, size = (offset, across) if transposed else (offset // across, down)
-        part = None if len(operand) == size else (first, first + len(operand))
-        return View(None if parameter.dim() == 2 else index, transposed, part).name(name)
+        whole = View(None if parameter.dim() == 2 else index, transposed)
+        part = whole._replace(part=(first, first + len(operand))).name(name)
+        # One that is used both ways has a name with all of its rows for the second.
+        return whole.name(name) if len(operand) == size and part not in self.rows else part
 
 
 @contextmanager
