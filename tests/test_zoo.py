@@ -19,6 +19,7 @@ from rwfx.experiments.zoo.apart import Lost, call_apart
 from rwfx.experiments.zoo.catalogue import SUITES, Entry, entries
 from rwfx.experiments.zoo.expected import EXPECTED, surprise_of
 from rwfx.experiments.zoo.oracle import masked_calls
+from rwfx.experiments.zoo.plan import Plan
 from rwfx.experiments.zoo.records import Record, problem_of
 from rwfx.experiments.zoo.report import report
 
@@ -48,7 +49,7 @@ def test_a_model_of_the_zoo_is_as_it_should_be(entry):
 @pytest.mark.parametrize("entry", entries(tuple(SUITES)), ids=str)
 def test_every_model_of_the_zoo_is_as_it_should_be(entry):
     pytest.importorskip({"hugging_face": "transformers"}.get(entry.suite, entry.suite))
-    assert surprise_of(run.checked(entry, limit=900)) == ""
+    assert surprise_of(run.checked(entry, limit=Plan.limit)) == ""
 
 
 def test_what_is_expected_is_in_the_zoo():
