@@ -18,7 +18,7 @@ WITHOUT_DATA = ("vit_h_14", "regnet_y_128gf")  # of more than six hundred millio
 # The first pattern that fits gives the inputs. Images of 96 are the least that every network of convolutions takes
 # with more than one place left at its end: a batch norm over single places has no gradient to speak of.
 SIZES = {
-    "inception_v3": (2, 3, 128, 128),
+    "inception_v3": (2, 3, 299, 299),
     "googlenet": (2, 3, 96, 96),
     "vit_*": (2, 3, 224, 224),
     "maxvit_t": (2, 3, 224, 224),
@@ -55,7 +55,9 @@ def _build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
         return models.get_model(name, weights=None, weights_backbone=None, **size).train(), _scenes(name)
     options: dict[str, Any] = {"weights": None, "num_classes": CLASSES}
     if hasattr(models.segmentation, name):
-        options |= {"weights_backbone": None, "aux_loss": True}
+        options |= {"weights_backbone": None}
+        if not name.startswith("lraspp"):
+            options["aux_loss"] = True
     if name.startswith("quantized_"):
         options["quantize"] = False
     if name in ("googlenet", "inception_v3", "quantized_googlenet", "quantized_inception_v3"):
