@@ -5,22 +5,21 @@ read_columns -> verify
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from numbers import Integral
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from rwfx import native
-from rwfx.arguments import check_number
 from rwfx.break_even import CostModel
 from rwfx.capture import Capture, ExampleInputs, capture, same_outputs, shared_copy, tape
 from rwfx.choose import densities_of, left_out, lines_of, weigh, with_followers, with_sources
-from rwfx.draws import sampler_of, starts_at_loss
+from rwfx.draws import sampler_of
 from rwfx.example_sampler import ExampleSampler
-from rwfx.examples import ExamplePolicy, TopExamples, example_policy, expected_fraction
+from rwfx.examples import ExamplePolicy, expected_fraction
+from rwfx.options import Options, checked_options, common_seed
 from rwfx.passes.follow_examples import MARK, follow_examples
 from rwfx.passes.normalize import normalize
 from rwfx.passes.read_columns import read_columns
@@ -28,13 +27,13 @@ from rwfx.passes.sample_rows import SAMPLER, RowNodes, sample_rows
 from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.sparse_examples import EXAMPLES, sparse_examples
 from rwfx.passes.verify import verify
-from rwfx.policies import Densities, Policy, RandomWalk, TopK, Uniform
+from rwfx.policies import Densities, Policy
 from rwfx.sampler import RowSampler
 from rwfx.sparse_module import SparseModule, check_names
 from rwfx.substituted import SubstitutedModule, read_elsewhere, substitute
 from rwfx.transformed import Transformed
 from rwfx.weight_graph import graph_of, shapes_of
-from rwfx.where import Where, given_places
+from rwfx.where import Where
 
 
 def transform(
@@ -109,36 +108,30 @@ def transform(
         TypeError, ValueError: an argument is not allowed, the model cannot be captured, has no linear weight
             or convolution, or no weight is left to make sparse. Nothing has been changed then.
     """
-    of_examples = None if examples is None else example_policy(examples)
-    policy = _policy(rows, num_paths, density, of_examples)
-    _check_choices(mode, dx, grad, seed, break_even)
-    _check_policy(policy, mode, resample_every)
-    dx = dx or ("full" if mode == "masked" else "rows")
-    included, excluded = given_places("include", include), given_places("exclude", exclude)
+    options = checked_options(
+        num_paths, density, rows, examples, include, exclude, mode, dx, grad, seed, resample_every, break_even
+    )
     if isinstance(model, Transformed):
         raise ValueError("model is already transformed. Transform the model it was made from.")
-
-    if of_examples is not None and mode == "masked":
-        raise ValueError('examples with mode="masked": masking saves nothing to compare with. Use mode="sparse".')
-    if starts_at_loss(policy) and not (isinstance(of_examples, TopExamples) and type(policy) is RandomWalk):
-        raise ValueError(
-            'start="loss" draws examples and rows together: it is for RandomWalk, with examples= a fraction or a '
-            "number; "
-            f"got rows={policy!r}, examples={examples!r}."
-        )
     captured = capture(model, example_inputs)
+    check_names(captured.host)
+    return transform_captured(model, captured, options)
+
+
+def transform_captured(model: nn.Module, captured: Capture, options: Options) -> SparseModule | SubstitutedModule:
+    """The same of a model that has been captured."""
+    policy, of_examples, mode, dx, grad = options.policy, options.examples, options.mode, options.dx, options.grad
     substituted = captured.route == tape.NAME
     if substituted and of_examples is not None:
         raise ValueError(
             "examples= needs a graph of the forward pass, to follow the examples in it, and none holds that of "
             f"{type(model).__name__} ({captured.notes[-1]}). Leave examples out of the arguments."
         )
-    check_names(captured.host)
     gm = normalize(GraphModule(captured.host, captured.train))
     shapes = shapes_of(gm, captured)
     graph = graph_of(gm, captured, shapes)
-    densities = densities_of(policy.density, graph, included)
-    unasked = left_out(gm, graph, captured, included, excluded, policy.density)
+    densities = densities_of(policy.density, graph, options.include)
+    unasked = left_out(gm, graph, captured, options.include, options.exclude, policy.density)
     if substituted:
         unasked = read_elsewhere(gm, graph, captured.host) | unasked
     lines = lines_of(gm, graph, captured, unasked, grad, policy, densities, of_examples is not None, shapes)
@@ -149,7 +142,7 @@ def transform(
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
         raise ValueError(f"no weight is left to make sparse ({reasons}).")
 
-    seed = _common_seed() if seed is None else int(seed)
+    seed = common_seed() if options.seed is None else options.seed
     device = captured.host.get_parameter(graph.parameter(lines[0].weight)).device
     # Beside weights on the meta device, which have no data to draw by, what the report reads is still there.
     home = torch.device("cpu") if device.type == "meta" else device
@@ -157,7 +150,7 @@ def transform(
         native.ready()
 
     def rewritten(kept: Sequence[str]) -> tuple[GraphModule, dict[str, RowNodes], RowSampler]:
-        sampler = sampler_of(policy, graph, kept, seed, densities, resample_every).to(home)
+        sampler = sampler_of(policy, graph, kept, seed, densities, options.resample_every).to(home)
         if substituted:  # the calls are made row-sparse in the model's own modules
             return gm, {}, sampler
         sampled, nodes = sample_rows(gm, sampler)
@@ -168,7 +161,7 @@ def transform(
 
     sparse_gm, nodes, sampler = rewritten(kept)
     lines = with_sources(lines, sparse_gm, nodes)
-    costs = _cost_model(break_even, device.type, mode)
+    costs = options.costs_on(device.type)
     if costs is not None:
         share = 1.0 if of_examples is None else expected_fraction(of_examples)
         lines = weigh(gm, sampler, lines, graph, shapes, costs, grad, dx, share)
@@ -181,7 +174,7 @@ def transform(
                 f"no weight of {type(model).__name__} is large enough for a row-sparse backward to pay, so the "
                 "transformed model trains densely. Its report says what was predicted; break_even=False makes every "
                 "weight row-sparse all the same.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     settings = {
@@ -191,7 +184,7 @@ def transform(
         "dx": dx,
         "grad": grad,
         "seed": seed,
-        "resample_every": resample_every,
+        "resample_every": options.resample_every,
         "route": captured.route,
     }
     about = {
@@ -207,22 +200,6 @@ def transform(
         sparse_model._modules[EXAMPLES] = sparse_gm.get_submodule(EXAMPLES)
     _check_replay(model, sparse_model, captured.inputs)
     return sparse_model
-
-
-def _cost_model(break_even: bool | CostModel, device: str, mode: str) -> CostModel | None:
-    if mode != "sparse":  # masking saves nothing, whatever the weight
-        return None
-    if isinstance(break_even, CostModel):
-        return break_even
-    # Measured for a CPU alone: elsewhere only the caller can say.
-    return CostModel() if break_even and device == "cpu" else None
-
-
-def _common_seed() -> int:
-    seeds = [int(torch.randint(2**62, ()))]
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.broadcast_object_list(seeds)
-    return seeds[0]
 
 
 def _check_replay(model: nn.Module, sparse_model: SparseModule, inputs: ExampleInputs | None) -> None:
@@ -257,48 +234,3 @@ def _followed(
             f"examples= finds no linear call that it could confine to the kept examples ({'; '.join(notes)})."
         )
     return marked, notes
-
-
-def _policy(rows: Any, num_paths: Any, density: Any, of_examples: ExamplePolicy | None) -> Policy:
-    if rows is None and num_paths is None and density is None and of_examples is not None:
-        return Uniform(1.0)
-    if rows is None:
-        return RandomWalk(num_paths, density)
-    if not isinstance(rows, Policy):
-        raise TypeError(
-            f"rows must be a row policy (rwfx.RandomWalk, AdaptiveWalk, LearnedWalk, TopK, Uniform, Magnitude), got "
-            f"{rows!r}."
-        )
-    for name, given in (("num_paths", num_paths), ("density", density)):
-        if given is not None:
-            raise ValueError(f"{name}={given!r} beside rows={rows!r}: give it to the policy.")
-    return rows
-
-
-def _check_policy(policy: Policy, mode: str, resample_every: Any) -> None:
-    check_number("resample_every", resample_every, Integral, 1)
-    if isinstance(policy, TopK) and mode == "masked":
-        raise ValueError(
-            'TopK with mode="masked": what masking compares with is the choice before the forward, and TopK chooses '
-            'in the backward pass. Use mode="sparse", or another policy.'
-        )
-    if isinstance(policy, RandomWalk) and policy.unbiased and resample_every > 1:
-        raise ValueError(
-            f"unbiased=True with resample_every={resample_every}: the probabilities are those of a fresh draw. Use "
-            "resample_every=1, or rwfx.Uniform or rwfx.Magnitude."
-        )
-
-
-def _check_choices(mode: Any, dx: Any, grad: Any, seed: Any, break_even: Any) -> None:
-    choices: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
-        "mode": (mode, ("sparse", "masked")),
-        "dx": (dx, ("rows", "full", None)),
-        "grad": (grad, ("dense", "rows")),
-    }
-    for name, (value, allowed) in choices.items():
-        if not any(value is choice or value == choice for choice in allowed):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-    if seed is not None:
-        check_number("seed", seed, Integral, 0, 2**63 - 1)
-    if not isinstance(break_even, bool | CostModel):
-        raise TypeError(f"break_even must be True, False or a rwfx.CostModel, got {break_even!r}.")

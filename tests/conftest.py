@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rwfx
+from rwfx.options import Options
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +22,11 @@ def seeded():
 @pytest.fixture(autouse=True)
 def small_models_are_sparse(monkeypatch):
     """The models of the tests are too small to pay; a test of the break-even gives a ``CostModel`` itself."""
-    module = sys.modules["rwfx.transform"]
-    predicted = module._cost_model
+    predicted = Options.costs_on
     monkeypatch.setattr(
-        module, "_cost_model", lambda of, *where: predicted(of, *where) if isinstance(of, rwfx.CostModel) else None
+        Options,
+        "costs_on",
+        lambda self, device: predicted(self, device) if isinstance(self.break_even, rwfx.CostModel) else None,
     )
 
 
