@@ -1,11 +1,13 @@
 """Train a small Llama with the Hugging Face ``Trainer``, each backward pass confined to a part of the rows.
 
     pip install transformers accelerate
-    python examples/hugging_face.py
+    python examples/hugging_face.py [--checkpointing] [--bf16]
 
-About half a minute. Prints what was made row-sparse and the loss before and after.
+About half a minute. Prints what was made row-sparse and the loss before and after. With ``--checkpointing`` activations
+are computed again in the backward pass, with the rows of the step; with ``--bf16`` in mixed precision.
 """
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -34,7 +36,7 @@ class Text(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def main(steps: int = 120) -> None:
+def main(steps: int = 120, checkpointing: bool = False, bf16: bool = False) -> None:
     """Train and compare."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -47,6 +49,8 @@ def main(steps: int = 120) -> None:
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
+    if checkpointing:  # before it is transformed
+        model.gradient_checkpointing_enable()
     text = Text()
     batch = torch.utils.data.default_collate([text[k] for k in range(4)])
     sparse_model = rwfx.transform(model, rows=rwfx.TopK(0.25), example_inputs=batch, break_even=False)
@@ -58,6 +62,7 @@ def main(steps: int = 120) -> None:
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
             learning_rate=5e-3,
+            bf16=bf16,
             report_to="none",
             save_strategy="no",
             disable_tqdm=bool(os.environ.get("CI")),
@@ -77,4 +82,7 @@ def main(steps: int = 120) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    main(**vars(parser.parse_args()))

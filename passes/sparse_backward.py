@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
 from rwfx.passes.conv_spellings import TRANSPOSED
+from rwfx.passes.kept_rows import kept_rows
 from rwfx.passes.normalize import CONVOLUTIONS
-from rwfx.passes.parameters import parameter_of
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.weights import weights_of
 
@@ -42,17 +42,14 @@ def sparse_backward(
     rewritten = GraphModule(gm, copy.deepcopy(gm.graph))
     graph = rewritten.graph
     nodes = {node.name: node for node in graph.nodes}
-    calls = [(node, of.name) for node, of in weights_of(rewritten).items() if node.target in rules]
-    kept: dict[Any, Node] = {}
-    for node, weight in calls:
-        if weight not in rows:
-            continue
+    calls = {node: of.name for node, of in weights_of(rewritten).items() if node.target in rules and of.name in rows}
+    drawn_for = {node: nodes[rows[weight].rows] for node, weight in calls.items()}
+    kept = kept_rows(rewritten, drawn_for) if grad == "rows" else {}
+    for node, weight in calls.items():
         of = rows[weight]
-        drawn = nodes[of.rows]
-        shared = grad == "rows" and sum(weight == other for _, other in calls) > 1
-        arguments = (*on_rows(node, drawn), dx, grad)
-        if shared:
-            arguments += (None, *[_keep(rewritten, node, k, drawn, kept) for k in (1, 2)])
+        arguments = (*on_rows(node, drawn_for[node]), dx, grad)
+        if node in kept:
+            arguments += (None, *kept[node])
         with graph.inserting_before(node):
             more: dict[str, Any] = {"scale": nodes[of.scale]} if of.scale else {}
             if of.chosen:
@@ -83,21 +80,3 @@ def operands_on_rows(target: Any, operands: Sequence[Any], rows: Any) -> tuple[A
     elif target in CONVOLUTIONS:
         options += [False, None]
     return x, weight, bias, rows, *options
-
-
-def _keep(gm: GraphModule, call: Node, operand: int, rows: Node, kept: dict[Any, Node]) -> Node | None:
-    """The rows of a weight or bias that several calls share, gathered once for all of them."""
-    node = call.args[operand]
-    if not isinstance(node, Node):
-        return None
-    parameter = parameter_of(gm, node)
-    if parameter is None:  # computed in the forward pass: its gradient goes on from here as any other
-        with gm.graph.inserting_before(call):
-            return gm.graph.call_function(torch.index_select, (node, 0, rows))
-    key = id(parameter), rows
-    if key not in kept:
-        with gm.graph.inserting_after(rows):
-            again = gm.graph.get_attr(str(node.target))
-        with gm.graph.inserting_after(again):
-            kept[key] = gm.graph.call_function(torch.ops.rwfx.keep_rows.default, (again, rows))
-    return kept[key]

@@ -5,7 +5,6 @@ In: a captured model, its weight graph, what the caller asked for. Out: the repo
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +23,11 @@ from rwfx.passes.weights import weights_of
 from rwfx.policies import Densities, Magnitude, Policy, TopK
 from rwfx.report import Line
 from rwfx.roles import heads_of, roles_of, vocabularies_of
+from rwfx.row_gradients import all_or_none, why_no_row_gradient
 from rwfx.sampler import RowSampler
 from rwfx.schedules import Schedule
 from rwfx.stations import WeightUse
+from rwfx.unweighted import why_unweighted
 from rwfx.weight_graph import WeightGraph
 from rwfx.where import Where, asked_for, matches
 
@@ -70,16 +71,10 @@ def lines_of(
         elif not all(_is_plain(gm, calls[use.node]) for use in uses):
             owner = type(captured.host.get_submodule(graph.parameter(weight).rpartition(".")[0])).__name__
             reason = f"a call that has no row-sparse backward uses it (it belongs to {owner})"
-        elif any(use.transposed for use in uses) and (grad == "rows" or isinstance(policy, Magnitude)):
-            what = "row gradient" if grad == "rows" else "norms of rows"
-            reason = f"the rows of a transposed convolution are not its weight's first dimension: it has no {what}"
-        elif grad == "rows" and weight in graph.weights:
-            reason = 'a row gradient has rows of a whole parameter, and this weight is only a view of one: grad="dense"'
-            reason += " makes it row-sparse"
-        elif grad == "rows" and (other := _other_gradient(gm, [calls[use.node] for use in uses])):
-            reason = f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
+        elif any(use.transposed for use in uses) and isinstance(policy, Magnitude):
+            reason = "the rows of a transposed convolution are not its weight's first dimension: they have no norms"
         else:
-            reason = ""
+            reason = why_no_row_gradient(gm, graph, weight, policy) if grad == "rows" else ""
         # A module with weights of its own, or a call on a view of one, is taken to give its input a gradient.
         takers = [calls[use.node] for use in uses]
         input_grads = sum(not _is_plain(gm, call) or _needs_gradient(gm, call.args[0]) for call in takers)
@@ -87,14 +82,18 @@ def lines_of(
         features = tensor.numel() // num_rows if num_rows else 0
         found = [_places(calls[use.node], shapes) for use in uses]
         places = None if None in found else sum(p for p in found if p is not None) / len(found)
-        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason, places=places))
+        size = parameter.element_size()
+        lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason, places=places, itemsize=size))
     used = {graph.parameter(weight) for weight in graph.names}
     for name, parameter in captured.host.named_parameters():
         if parameter.dim() >= 2 and name not in used:
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
             reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
-            lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason))
-    return tuple(lines)
+            if why := why_unweighted(gm, parameter):
+                reason += f": {why}"
+            size = parameter.element_size()
+            lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason, itemsize=size))
+    return all_or_none(lines, graph) if grad == "rows" else tuple(lines)
 
 
 def _is_plain(gm: GraphModule, call: Node) -> bool:
@@ -126,10 +125,9 @@ def left_out(
     by_name = asked_for("include", [place for place in include if place != "all"], weights, host, roles)
     if isinstance(densities, Mapping):
         by_name |= {weight for weight in weights if any(matches(weights[weight], pattern) for pattern in densities)}
-    how = 'include= ("head") or a density by name' if densities is None else "a density by name"
     reasons = {
         weight: f"it gives the scores of a vocabulary, as many rows as {table} has, and a row left out is a term "
-        f"of the loss left out; {how} makes it sparse"
+        'of the loss left out; include= ("head") or a density by name makes it sparse'
         for weight, table in vocabularies_of(host, graph).items()
         if weight not in by_name
     }
@@ -186,6 +184,15 @@ def with_sources(lines: Sequence[Line], gm: GraphModule, rows: Mapping[str, RowN
     return tuple(replace(line, sources=tuple(sources.get(line.weight, ()))) for line in lines)
 
 
+def with_expected(lines: Sequence[Line], gm: GraphModule, graph: WeightGraph, sampler: RowSampler) -> tuple[Line, ...]:
+    """The lines with how many rows of each weight ``sampler`` is expected to keep."""
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    weights = [graph.tensor(name, parameters).detach() for name in sampler.crossed]
+    # Weights on the meta device cannot be walked by: the walks that are expected of them step uniformly anyway.
+    kept = sampler.expected_rows([torch.ones(()).expand(w.shape) if w.is_meta else w for w in weights])
+    return tuple(replace(line, expected=kept.get(line.weight)) for line in lines)
+
+
 def with_followers(lines: Sequence[Line], gm: GraphModule) -> tuple[Line, ...]:
     """The lines, with the weights marked whose calls follow the examples (``rwfx.passes.follow_examples``)."""
     calls: dict[str, list[bool]] = {}
@@ -207,20 +214,19 @@ def weigh(
 ) -> tuple[Line, ...]:
     """The lines with the costs that ``model`` predicts; where the row-sparse backward would not pay, with that reason.
 
-    ``sampler`` is what draws the rows of the weights of ``lines`` where all of them are row-sparse; ``gm``, ``graph``
-    and ``shapes`` are of the model before that. ``examples`` is the share of the batch that takes part in the backward
-    of the calls that leave examples out. A convolution whose shapes are not known is not weighed.
+    ``sampler`` is what draws the rows of the weights of ``lines`` where all of them are row-sparse, and the lines have
+    what is expected of it; ``gm``, ``graph`` and ``shapes`` are of the model before that. ``examples`` is the share of
+    the batch that takes part in the backward of the calls that leave examples out. A convolution whose shapes are not
+    known is not weighed.
     """
     calls = {node.name: node for node in gm.graph.nodes}
-    parameters = dict(gm.named_parameters(remove_duplicate=False))
-    kept = sampler.expected_rows([graph.tensor(name, parameters) for name in sampler.crossed])
     candidates = []
     for line in lines:
         if line.dense_because or line.places is None:
             continue
         uses = [use for use in graph.uses if use.weight == line.weight]
         batch = max(_batch(use, calls[use.node], shapes) for use in uses) if shapes else model.batch_size
-        shape = line.rows, line.features, kept[line.weight]
+        shape = line.rows, line.features, line.expected or 0.0
         how = line.sources, grad == "dense", dx == "full", examples if line.leaves_examples else 1.0
         groups = uses[0].groups if calls[uses[0].node].target in CONVOLUTIONS else 0
         candidates.append(Candidate(line.weight, *shape, line.calls, line.input_grads, batch, *how, groups))
@@ -235,12 +241,12 @@ def weigh(
         if costs is None or line.weight in paying:
             weighed.append(replace(line, costs=costs))
             continue
-        reason = f"it would not pay ({kept[line.weight]:.0f} of {line.rows} rows expected, predicted"
+        reason = f"it would not pay ({line.expected:.0f} of {line.rows} rows expected, predicted"
         reason += f" {1e6 * costs.sparse:.0f} us against {1e6 * costs.dense:.0f} us dense)"
         if costs.sparse < costs.dense:
             reason = "drawing rows would cost more than all row-sparse backwards save"
         weighed.append(replace(line, costs=costs, dense_because=reason))
-    return tuple(weighed)
+    return all_or_none(weighed, graph) if grad == "rows" else tuple(weighed)
 
 
 def _places(call: Node, shapes: Mapping[str, torch.Size] | None) -> int | None:
@@ -256,19 +262,6 @@ def _batch(use: WeightUse, call: Node, shapes: Mapping[str, torch.Size]) -> int:
     """How many places of all examples it multiplies its weight with."""
     at: Any = call.args[0] if use.transposed else call
     return shapes[at.name].numel() // (len(use.feature_map) if use.transposed else use.rows)
-
-
-def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:
-    """Where the weight or the bias of these calls gets a gradient that is not confined to their row set, if it does."""
-    parameters = {id(p) for call in calls for p in map(partial(parameter_of, gm), call.args[1:3]) if p is not None}
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            shared = any(id(p) in parameters for p in gm.get_submodule(str(node.target)).parameters())
-        else:
-            shared = any(id(parameter_of(gm, n)) in parameters for n in node.all_input_nodes)
-        if shared and node not in calls:
-            return f"{node.name} uses its weight or bias too"
-    return ""
 
 
 def _needs_gradient(gm: GraphModule, node: Any) -> bool:

@@ -27,6 +27,8 @@ class Line:
     # At how many places of an example a call multiplies the weight: a convolution at those of its output, or of its
     # input if transposed, on average over its calls; None: only example inputs would tell.
     places: float | None = 1
+    expected: float | None = None  # how many rows a step is expected to keep; None: nothing is drawn for it
+    itemsize: int = 4  # bytes of one number
 
     @property
     def share_of_limit(self) -> float | None:
@@ -71,6 +73,7 @@ class Report:
     example_policy: ExamplePolicy | None = None
     examples: tuple[int, int] | None = None  # how many the last training forward kept, and of how many
     route: str = "symbolic_trace"  # by which the model was captured
+    grad: str = "dense"
 
     @property
     def predicted(self) -> tuple[float, float] | None:
@@ -104,15 +107,16 @@ class Report:
         weight and, where the input needs a gradient, ``2 B K C`` for it, with C the columns of it that are read: I, or
         the rows kept of the weight that produces it (with ``dx="full"`` it is ``2 B O I``). A masked backward computes
         what the dense one does. A convolution does that at every place of its output; where their number is not known,
-        it counts as one. Before the first draw, every row counts. In the backward of a call that leaves examples
+        it counts as one. Before the first draw, K is what is expected. In the backward of a call that leaves examples
         out, B is the share of the batch that the last step kept.
         """
         kept_examples, of_examples = self.examples or (1, 1)
         forward = backward = dense = 0.0
+        lines = {line.weight: line for line in self.lines}
         for line in self.lines:
             at = batch_size * (1 if line.places is None else line.places)
             product = 2 * at * line.rows * line.features
-            kept = self.kept_rows.get(line.weight, line.rows) if self.mode == "sparse" else line.rows
+            kept = self._kept(line) if self.mode == "sparse" else line.rows
             taking_part = at * kept_examples / of_examples if line.leaves_examples else at
             on_rows = 2 * taking_part * kept * line.features
             forward += product * line.calls
@@ -121,15 +125,34 @@ class Report:
             if self.dx == "full":
                 backward += 2 * taking_part * line.rows * line.features * line.input_grads
                 continue
-            sizes = {other.weight: other.rows for other in self.lines}
-            read = [self.kept_rows.get(source, sizes[source]) for source in line.sources]
+            read = [self._kept(lines[source]) for source in line.sources]
             backward += sum(2 * taking_part * kept * columns for columns in read)
             backward += on_rows * (line.input_grads - len(read))
         return Flops(round(forward), round(backward), round(dense))
 
     @property
+    def gradient_bytes(self) -> tuple[int, int]:
+        """The bytes of the gradients of these weights after a step, and of those of dense training.
+
+        A row gradient holds the rows kept, and for each an int64 that says which it is.
+        """
+        ours = dense = 0.0
+        for line in self.lines:
+            row = line.features * line.itemsize
+            whole = line.dense_because or self.grad == "dense"
+            ours += line.rows * row if whole else self._kept(line) * (row + 8)
+            dense += line.rows * row
+        return round(ours), round(dense)
+
+    def _kept(self, line: Line) -> float:
+        """How many rows of a weight the last draw kept, or before the first the next one is expected to."""
+        if line.dense_because:
+            return line.rows
+        return self.kept_rows.get(line.weight, line.rows if self.kept_rows or line.expected is None else line.expected)
+
+    @property
     def kept_share(self) -> float:
-        """The share of the dense backward's products that the last draw kept by rows: K of O of each."""
+        """The share of the dense backward's products that the last draw kept by rows, K of O of each."""
         weighed = [(line, line.features * (line.calls + line.input_grads) * (line.places or 1)) for line in self.lines]
         kept = sum(self.kept_rows.get(line.weight, line.rows) * each for line, each in weighed)
         return kept / sum(line.rows * each for line, each in weighed)
@@ -137,8 +160,11 @@ class Report:
     def __str__(self) -> str:
         width = max(len(line.weight) for line in self.lines)
         text = [f"{'weight':<{width}}  {'shape':>13}  {'rows kept':>13}  {'of limit':>8}  backward"]
+        drawn = bool(self.kept_rows or self.examples)
         for line in self.lines:
             kept = self.kept_rows.get(line.weight)
+            if not drawn and not line.dense_because and line.expected is not None:
+                kept = round(line.expected)
             share = "" if kept is None else f"{kept:>5} {kept / line.rows:>7.1%}"
             how = f"dense: {line.dense_because}" if line.dense_because else self.mode
             if line.dense_because and line.leaves_examples:
@@ -146,16 +172,16 @@ class Report:
             shape = f"{line.rows} x {line.features}"
             limit = "" if line.share_of_limit is None else f"{line.share_of_limit:.0%}"
             text.append(f"{line.weight:<{width}}  {shape:>13}  {share:>13}  {limit:>8}  {how}")
-        if self.kept_rows or self.examples:
-            flops = self.flops()
-            text.append(
-                f"multiply-adds of the linear calls, per input: {flops.total // 2:,} of {flops.dense_total // 2:,} "
-                f"({flops.share:.1%}); backward {flops.backward // 2:,} of {flops.dense_backward // 2:,}"
-            )
+        flops, (gradients, of_dense) = self.flops(), self.gradient_bytes
+        text.append(
+            f"multiply-adds of the linear calls, per input: {flops.total // 2:,} of {flops.dense_total // 2:,} "
+            f"({flops.share:.1%}); backward {flops.backward // 2:,} of {flops.dense_backward // 2:,}"
+        )
+        text.append(f"bytes of these weights' gradients: {gradients:,} of {of_dense:,}")
         if any(line.places is None for line in self.lines):
             text.append("of a convolution, at one place of its output: example_inputs would tell how many there are")
-        if self.sparse and not (self.kept_rows or self.examples):
-            text.append("no training step yet: no rows drawn")
+        if self.sparse and not drawn:
+            text.append("no training step yet: rows as expected")
         if self.example_policy is not None:
             last = "" if self.examples is None else f", {self.examples[0]} of {self.examples[1]} in the last step"
             text.append(f"examples: {self.example_policy}{last}")

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from rwfx import native
 from rwfx.break_even import CostModel
 from rwfx.capture import Capture, ExampleInputs, capture, same_outputs, shared_copy, tape
-from rwfx.choose import densities_of, left_out, lines_of, weigh, with_followers, with_sources
+from rwfx.choose import densities_of, left_out, lines_of, weigh, with_expected, with_followers, with_sources
 from rwfx.draws import sampler_of
 from rwfx.example_sampler import ExampleSampler
 from rwfx.examples import ExamplePolicy, expected_fraction
@@ -160,7 +160,7 @@ def transform_captured(model: nn.Module, captured: Capture, options: Options) ->
         return verify(read_columns(sparse), model, nodes), nodes, sampler
 
     sparse_gm, nodes, sampler = rewritten(kept)
-    lines = with_sources(lines, sparse_gm, nodes)
+    lines = with_expected(with_sources(lines, sparse_gm, nodes), gm, graph, sampler)
     costs = options.costs_on(device.type)
     if costs is not None:
         share = 1.0 if of_examples is None else expected_fraction(of_examples)

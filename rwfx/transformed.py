@@ -37,7 +37,7 @@ class Transformed(nn.Module):
             kept = {}
         settings = self.settings
         about = settings["mode"], settings["dx"], settings["rows"], kept, self.notes
-        return Report(self.lines, *about, settings["examples"], self.examples, settings["route"])
+        return Report(self.lines, *about, settings["examples"], self.examples, settings["route"], settings["grad"])
 
     def sampler_state(self) -> dict[str, Tensor]:
         """The row sampler's random stream, last draw and memory: with ``state_dict`` all for an exact resume."""

@@ -39,6 +39,11 @@ class View(NamedTuple):
             at = graph.call_function(function, (at, *arguments))
         return at
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether the weight's rows are rows of the parameter, its first dimension."""
+        return self.index is None and not self.transposed
+
     def name(self, parameter: str) -> str:
         """The weight as one would write it: ``"w"``, ``"w[0:64]"``, of a transpose ``"w"`` and ``"w[:, 0:64]"``."""
         places = [] if self.index is None else [str(self.index)]
@@ -76,7 +81,7 @@ def view_of(gm: GraphModule, node: Any, transpose: bool = False) -> tuple[nn.Par
     return parameter, View(stack, transposed, None if rows == size else (first, first + rows))
 
 
-_VIEWS = {
+VIEWS = {
     *("t", "transpose", "permute", "swapaxes", "numpy_T", "mT", "getattr", "view", "alias"),
     *("split", "split_with_sizes", "chunk", "unbind", "select", "slice", "narrow", "getitem"),
 }
@@ -84,22 +89,22 @@ _VIEWS = {
 
 def like_view(gm: GraphModule, node: Any) -> tuple[nn.Parameter, Tensor] | None:
     """The parameter that a node is a view of, and the view of a tensor like it without data."""
-    found = _followed(gm, node)
+    found = views_of(gm, node)
     return found if found is not None and isinstance(found[1], Tensor) else None
 
 
-def _followed(gm: GraphModule, node: Any) -> tuple[nn.Parameter, Any] | None:
-    """The same, or of a call that gives several views all of them."""
+def views_of(gm: GraphModule, node: Any) -> tuple[nn.Parameter, Any] | None:
+    """The same, and of a call that gives several views all of them."""
     if not isinstance(node, Node):
         return None
     if (parameter := parameter_of(gm, node)) is not None:
         return (parameter, torch.empty(parameter.shape, device="meta")) if parameter.is_contiguous() else None
     sources = node.all_input_nodes
-    if len(sources) != 1 or node.op not in ("call_function", "call_method") or bare_name(node.target) not in _VIEWS:
+    if len(sources) != 1 or node.op not in ("call_function", "call_method") or bare_name(node.target) not in VIEWS:
         return None
     if node.target is getattr and node.args[1] not in ("T", "mT"):
         return None
-    if (source := _followed(gm, sources[0])) is None:
+    if (source := views_of(gm, sources[0])) is None:
         return None
     args, kwargs = tree_map(lambda a: source[1] if isinstance(a, Node) else a, (node.args, node.kwargs))
     function: Callable[..., Any] = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target

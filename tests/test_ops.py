@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from oracles import to_dense
 from torch.testing import assert_close
 
-from rwfx.ops import keep_rows, masked_linear, pack_rows, row_linear, take_rows
+from rwfx.ops import keep_parts, keep_rows, masked_linear, pack_rows, row_linear, take_rows
 
 OPS = [row_linear, masked_linear]
 ROW_SETS = pytest.mark.parametrize("rows", [[], [2], [0, 3], [0, 1, 2, 3, 4]], ids=["none", "one", "some", "all"])
@@ -71,11 +71,12 @@ def test_opcheck(op, dx, grad, rows):
     torch.library.opcheck(overload(op), (*operands(), torch.tensor(rows, dtype=torch.int64), dx, grad))
 
 
+# A view, its parameter's shape, and whether it is a whole matrix.
 STORED = {
-    "by-columns": (lambda p: p.t(), (7, 5)),
-    "a-part-of-columns": (lambda p: p.t()[2:7], (7, 9)),
-    "a-part-of-rows": (lambda p: p[2:7], (9, 7)),
-    "by-columns-in-a-stack": (lambda p: p[1].t(), (3, 7, 5)),
+    "by-columns": (lambda p: p.t(), (7, 5), True),
+    "a-part-of-columns": (lambda p: p.t()[2:7], (7, 9), False),
+    "a-part-of-rows": (lambda p: p[2:7], (9, 7), False),
+    "by-columns-in-a-stack": (lambda p: p[1].t(), (3, 7, 5), True),
 }
 
 
@@ -84,7 +85,7 @@ STORED = {
 @DX
 @ROW_SETS
 def test_a_weight_that_is_a_view_has_the_gradient_of_one_that_is_not(op, dx, rows, stored):
-    (view, shape), (x, _, b) = stored, operands((2, 3, 7))
+    (view, shape, whole), (x, _, b) = stored, operands((2, 3, 7))
     p, rows = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.tensor(rows, dtype=torch.int64)
     w = view(p)
     y = op(x, w, b, rows, dx)
@@ -94,9 +95,16 @@ def test_a_weight_that_is_a_view_has_the_gradient_of_one_that_is_not(op, dx, row
     for ours_, theirs in zip(ours[:3], dense, strict=True):
         assert_close(ours_, theirs, rtol=0, atol=1e-12)
     assert_close(view(ours[3]), dense[1], rtol=0, atol=1e-12)
-    # As the parameter is stored: autograd would copy any other.
-    assert op is masked_linear or ours[3].is_contiguous()
-    torch.library.opcheck(overload(op), (x, w.detach().requires_grad_(), b, rows, dx))
+    # As the parameter is stored, for autograd would copy any other; a part it copies in any case.
+    assert ours[3].is_contiguous() or op is masked_linear or not whole
+
+
+@pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
+@OP
+def test_opcheck_of_a_weight_that_is_a_view(op, stored):
+    (view, shape, _), (x, _, b) = stored, operands()
+    w = view(torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    torch.library.opcheck(overload(op), (x, w, b, torch.tensor([0, 3])))
 
 
 @OP
@@ -122,6 +130,7 @@ def test_kept_rows_receive_the_gradient_of_every_call_that_shares_them(op, dx, r
 def test_opcheck_of_row_gradients():
     w = torch.randn(5, 7, requires_grad=True)
     torch.library.opcheck(keep_rows, (w, torch.tensor([1, 4])))
+    torch.library.opcheck(keep_parts, (w, [torch.tensor([1]), torch.tensor([0, 2])], [0, 2]))
     torch.library.opcheck(pack_rows, (torch.randn(2, 7), torch.tensor([1, 4]), 5))
     rows = torch.tensor([1, 4])
     torch.library.opcheck(take_rows, (torch.randn(5, 7), rows))

@@ -159,7 +159,7 @@ def test_what_stays_dense_is_named_with_its_reason():
     line = next(k for k, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "self.packed.weight)" in text)
     assert dense["packed.weight"] == f"it is read outside of its module's forward, at {__file__}:{line}"
     assert dense["sliced.weight[5:10]"] == dense["packed.weight"]
-    assert "no plain linear call or convolution uses it" in dense["never.weight"]
+    assert "the forward pass does not use it" in dense["never.weight"]
 
 
 class Parts(nn.Module):

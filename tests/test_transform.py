@@ -240,7 +240,7 @@ def test_what_is_excluded_stays_dense():
 def test_report_counts_the_products_that_were_computed():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
     sparse = rwfx.transform(model, num_paths=1, seed=0)
-    assert "no rows drawn" in str(sparse.report)
+    assert "rows as expected" in str(sparse.report)
     sparse(torch.randn(3, 6))
     assert {name: len(rows) for name, rows in sparse.rows.items()} == {"0.weight": 1, "2.weight": 1}
     flops = sparse.report.flops(batch_size=3)
@@ -249,6 +249,34 @@ def test_report_counts_the_products_that_were_computed():
     assert flops.backward == 2 * 3 * (6 * 1 + 5 * 1 + 1 * 1)
     assert flops.dense_backward == 2 * 3 * (6 * 5 + 2 * 5 * 4)
     assert sparse.report.kept_share == pytest.approx((6 * 1 + 2 * 5 * 1) / (6 * 5 + 2 * 5 * 4))
+
+
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+def test_report_counts_the_bytes_of_the_gradients(grad):
+    def bytes_of(gradient):
+        parts = [gradient.values(), gradient.indices()] if gradient.is_sparse else [gradient]
+        return sum(part.nbytes for part in parts)
+
+    model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 7)).double()
+    sparse = rwfx.transform(model, rows=rwfx.Uniform({"0": 0.4}), grad=grad, break_even=False)
+    sparse(torch.randn(3, 4).double()).sum().backward()
+    ours, dense = sparse.report.gradient_bytes
+    assert ours == sum(
+        bytes_of(model[k].weight.grad.coalesce() if k == 0 and grad == "rows" else model[k].weight.grad) for k in (0, 2)
+    )
+    assert dense == 8 * (4 * 9 + 9 * 7)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_before_the_first_step_the_report_tells_what_is_expected(device):
+    with torch.device(device):
+        model = nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
+    sparse = rwfx.transform(model, density=0.5, grad="rows", break_even=False)
+    # dW of each, then dx of the second, in the columns that the first reads, and of the head.
+    assert sparse.report.flops().backward == 2 * (10 * 4 + 5 * 20 + 5 * 10 + 5 * 10 + 5 * 10)
+    assert sparse.report.gradient_bytes[0] == 10 * (4 * 4 + 8) + 5 * (20 * 4 + 8) + 5 * 10 * 4
+    walked = rwfx.transform(model, 3, break_even=False).report
+    assert all(0 < line.expected <= 3 for line in walked.lines)
 
 
 def test_a_linear_module_with_hooks_stays_dense_and_is_reported():
@@ -337,7 +365,7 @@ def test_a_weight_with_another_gradient_stays_dense_where_gradients_are_rows():
 
     model = Autoencoder()
     sparse = rwfx.transform(model, grad="dense")
-    assert set(sparse.rows) == {"enc.weight", "mid.weight", "other.weight"}
+    assert set(sparse.rows) == {"enc.weight", "enc.weight[:, 0:6]", "mid.weight", "other.weight"}
     with pytest.raises(ValueError, match="uses its weight or bias too"):
         rwfx.transform(model, grad="rows")
 

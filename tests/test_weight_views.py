@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 import rwfx
-from rwfx.policies import AdaptiveWalk, LearnedWalk, Magnitude, TopK, Uniform
+from rwfx.policies import AdaptiveWalk, LearnedWalk, Magnitude, RandomWalk, TopK, Uniform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,9 +152,10 @@ def test_the_forward_is_the_models_own_bit_for_bit(dtype):
     assert torch.equal(sparse(x), model(x))
 
 
-def test_a_compiled_model_draws_rows_of_views_without_a_break_or_a_recompilation():
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+def test_a_compiled_model_draws_rows_of_views_without_a_break_or_a_recompilation(grad):
     views, _ = twins()
-    sparse = rwfx.transform(views, 3, break_even=False, seed=2)
+    sparse = rwfx.transform(views, 3, break_even=False, seed=2, grad=grad)
     eager, x = copy.deepcopy(sparse), torch.randn(X, dtype=torch.float64)
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -165,8 +166,9 @@ def test_a_compiled_model_draws_rows_of_views_without_a_break_or_a_recompilation
                 module(x).square().sum().backward()
             assert_close(sparse.rows, eager.rows)
             for p, q in zip(sparse.parameters(), eager.parameters(), strict=True):
-                assert_close(p.grad, q.grad, rtol=0, atol=1e-10)
-                assert p.grad.stride() == q.grad.stride() == p.stride()
+                assert p.grad.layout == q.grad.layout
+                assert_close(p.grad.to_dense(), q.grad.to_dense(), rtol=0, atol=1e-10)
+                assert p.grad.is_sparse or p.grad.stride() == q.grad.stride() == p.stride()
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -205,14 +207,60 @@ def test_walks_read_the_views_of_the_parameters_that_they_are_given():
     assert (walks[0] >= 0).any(0).all()
 
 
-def test_a_view_has_no_row_gradient_and_says_so():
-    views, _ = twins()
-    sparse = rwfx.transform(views, 3, grad="rows", break_even=False)
-    assert set(sparse.rows) == {"head.weight"}
-    assert all('grad="dense"' in sparse.report.dense[name] for name in set(NAMES.values()) - {"head.weight"})
-    sparse(torch.randn(X, dtype=torch.float64)).sum().backward()
-    assert views.head.weight.grad.is_sparse
-    assert not views.packed.grad.is_sparse
+@pytest.mark.parametrize("mode", ["sparse", "masked"])
+def test_parts_of_rows_have_one_row_gradient_and_other_views_none(mode):
+    views, plain = twins()
+    (sparse, ours, gradients), (_, theirs, expected) = (
+        trained(model, steps=2, rows=RandomWalk(3), grad="rows", include=include, mode=mode)
+        for model, include in ((views, ["packed", "head"]), (plain, ["q", "k", "head"]))
+    )
+    parts = "packed[0:6]", "packed[6:15]"
+    assert set(sparse.rows) == {*parts, "head.weight"}
+    assert_close(ours[-1], {NAMES[name]: rows for name, rows in theirs[-1].items()})
+    both = torch.cat([ours[-1][parts[0]], ours[-1][parts[1]] + 6])
+    for name in ("packed", "packed_bias"):
+        assert torch.equal(gradients[name]._indices()[0], both)  # sorted and distinct
+    gradients, expected = ({name: g.to_dense() for name, g in of.items()} for of in (gradients, expected))
+    for name, place in PLACES.items():
+        assert_close(place(gradients), expected[name], rtol=0, atol=1e-10, msg=lambda text, of=name: f"{of}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "reason"),
+    [
+        ({"num_paths": 3}, "up", 'grad="dense"'),
+        ({"num_paths": 3}, "stack[2]", 'grad="dense"'),
+        ({"num_paths": 3, "exclude": "packed[0:6]"}, "packed[6:15]", "packed[0:6], of the same parameter, is dense"),
+        ({"rows": TopK({"*": 0.5})}, "packed[0:6]", "TopK"),
+    ],
+    ids=["transposed", "stack", "other-part-dense", "top-k"],
+)
+def test_a_view_without_a_row_gradient_says_why(options, name, reason):
+    sparse = rwfx.transform(Views(), grad="rows", break_even=False, **options)
+    assert "head.weight" in sparse.rows
+    assert reason in sparse.report.dense[name]
+    sparse(torch.randn(X)).sum().backward()
+
+
+class Doubled(nn.Module):
+    """Parts that overlap, and a parameter of whose parts one is penalised."""
+
+    def __init__(self, overlap):
+        super().__init__()
+        self.w, self.overlap, self.head = nn.Parameter(torch.randn(9, 4)), overlap, nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = F.linear(x, self.w[:5])
+        h = h + (F.linear(x, self.w[4:]) if self.overlap else self.w[:2].square().sum())
+        return self.head(h)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_part_has_no_row_gradient_where_other_gradients_reach_its_rows(overlap):
+    sparse = rwfx.transform(Doubled(overlap), 3, grad="rows", break_even=False)
+    assert ("same rows" if overlap else "square uses its weight") in sparse.report.dense["w[0:5]"]
+    sparse = rwfx.transform(Doubled(overlap), 3, break_even=False)
+    assert "w[0:5]" in sparse.rows
 
 
 def test_a_weight_that_is_used_both_ways_has_a_row_set_for_each():
@@ -238,3 +286,32 @@ def test_a_weight_that_is_used_both_ways_has_a_row_set_for_each():
     h = masked(masked(model.encode(x), up).relu() @ model.encode.weight, down)
     masked(model.head(h), sparse.rows["head.weight"]).sum().backward()
     assert_close(ours, model.encode.weight.grad, rtol=0, atol=1e-12)
+
+
+class Computed(nn.Module):
+    """Weights that are computed, multiplied several at once, looked up and gone over again and again."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(9, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.raw, self.experts = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(3, 5, 4))
+        self.again, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        h = F.linear(self.norm(self.table(ids)), self.raw - self.raw.mean(1, keepdim=True))
+        return self.head(self.again(torch.einsum("bti,eio->bto", h, self.experts))[0])
+
+
+def test_a_parameter_that_is_no_weight_stays_dense_with_the_reason():
+    ids = torch.randint(9, (2, 4))
+    sparse = rwfx.transform(Computed(), 3, break_even=False, example_inputs=ids)
+    assert set(sparse.rows) == {"head.weight"}
+    dense = sparse.report.dense
+    for name, reason in {
+        "table.weight": "looked up",
+        "norm.parametrizations.weight.original1": "computes a weight from it",
+        "raw": "computes a weight from it",
+        "experts": "einsum multiplies with several matrices",
+        "again.weight_ih_l0": "recurrent layer",
+    }.items():
+        assert reason in dense[name], (name, dense[name])

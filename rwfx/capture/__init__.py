@@ -9,12 +9,12 @@ The routes are a ladder; the first that holds is taken:
    example inputs, both graphs give the model's own outputs and buffers, bit for bit, from the same random stream.
 2. ``torch.export``, which needs example inputs: ATen operators, with branches and loops decided by the example and
    every decision about a shape checked at each call.
-
 3. Substitution, which needs example inputs too: the forward pass stays the model's own code, whatever it does, and the
    graph is a run of it written down, in which the weight graph is found (``rwfx.capture.tape``).
 
 Where the first route holds and calls as a whole what has several weights inside (attention, a transformer's layers),
-the second is taken if it holds too: it shows them.
+the second is taken if it holds too: it shows them. A model that is set to compute activations again in the backward
+pass (``gradient_checkpointing_enable()``) takes the third at once: a graph would keep them.
 """
 
 from collections.abc import Sequence
@@ -56,6 +56,11 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     inputs = bind_inputs(model, example_inputs)
     replay = None if inputs is None else Replay(model, inputs)
     failures: list[CaptureError] = []
+    lost: tuple[str, ...] = ()
+    if checkpoints(model):
+        if inputs is not None:
+            return _substitution(model, inputs, "it checkpoints activations, so its forward pass stays the model's own")
+        lost = ("activation checkpointing inside of the model is not kept without example_inputs",)
     closed: Capture | None = None
     for route in (symbolic, exported):
         try:
@@ -64,7 +69,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
         except CaptureError as error:
             failures.append(error)
             continue
-        found = Capture(graphs.host, graphs.train, graphs.eval, (*graphs.notes, *notes), route.NAME, inputs)
+        found = Capture(graphs.host, graphs.train, graphs.eval, (*graphs.notes, *notes, *lost), route.NAME, inputs)
         if route is exported or inputs is None or not symbolic.is_closed(graphs):
             return found
         closed = found
@@ -73,13 +78,22 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
         return replace(closed, notes=(*closed.notes, why))
     if inputs is not None:
         try:
-            graphs = tape.capture(model, inputs)
+            return _substitution(model, inputs, _why(failures))
         except CaptureError as error:
             failures.append(error)
-        else:
-            return Capture(graphs.host, graphs.train, graphs.eval, (*graphs.notes, _why(failures)), tape.NAME, inputs)
     name = type(model).__name__
     raise ValueError("\n".join([f"cannot trace {name}:", *(f"- {error}" for error in failures)])) from failures[0]
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether part of ``model`` is set to compute activations again, as Transformers' and timm's models can be."""
+    flags = ("gradient_checkpointing", "grad_checkpointing")
+    return any(getattr(module, flag, False) is True for module in model.modules() for flag in flags)
+
+
+def _substitution(model: nn.Module, inputs: ExampleInputs, why: str) -> Capture:
+    graphs = tape.capture(model, inputs)
+    return Capture(graphs.host, graphs.train, graphs.eval, (*graphs.notes, why), tape.NAME, inputs)
 
 
 def _why(failures: Sequence[CaptureError]) -> str:

@@ -53,8 +53,6 @@ def capture(model: nn.Module, inputs: ExampleInputs | None) -> Graphs:
             notes += [note for note in more if note not in notes]
     if failures:
         raise CaptureError(_explain(failures))
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        notes.append("gradient checkpointing inside of the forward pass is not kept: its activations stay in memory")
     return Graphs(host, graphs[True], graphs[False], tuple(notes))
 
 

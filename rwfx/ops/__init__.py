@@ -10,11 +10,12 @@ from rwfx.ops.linear import masked_linear, row_linear
 from rwfx.ops.magnitude import draw_by_norm
 from rwfx.ops.observe import observe_, record_, top_rows
 from rwfx.ops.remember import remember
-from rwfx.ops.row_gradient import keep_rows, pack_rows, take_rows
+from rwfx.ops.row_gradient import keep_parts, keep_rows, pack_rows, take_rows
 from rwfx.ops.walk import walk
 
 __all__ = [
     "draw_by_norm",
+    "keep_parts",
     "keep_rows",
     "masked_conv",
     "masked_linear",

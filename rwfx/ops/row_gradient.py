@@ -35,6 +35,20 @@ def _(parameter, rows):
     return parameter.new_empty((rows.shape[0], *parameter.shape[1:]))
 
 
+@torch.library.custom_op("rwfx::keep_parts", mutates_args=())
+def keep_parts(parameter: Tensor, rows: list[Tensor], firsts: list[int]) -> list[Tensor]:
+    """``parameter[first:][rows]`` for each row set of a part, whose gradients reach the parameter as one row gradient.
+
+    The parts do not overlap and come in the order of their first rows, ``firsts``.
+    """
+    return [parameter.index_select(0, rows_K + first) for rows_K, first in zip(rows, firsts, strict=True)]
+
+
+@keep_parts.register_fake
+def _(parameter, rows, firsts):
+    return [parameter.new_empty((rows_K.shape[0], *parameter.shape[1:])) for rows_K in rows]
+
+
 @torch.library.custom_op("rwfx::pack_rows", mutates_args=())
 def pack_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """The row gradient ``(num_rows, ...)`` with these ``values`` ``(K, ...)``, which are copied."""
@@ -59,6 +73,20 @@ def _keep_backward(ctx, g):
 
 
 keep_rows.register_autograd(_keep_backward, setup_context=_keep_setup)
+
+
+def _keep_parts_setup(ctx, inputs, output) -> None:
+    parameter, rows, ctx.firsts = inputs
+    ctx.save_for_backward(*rows)
+    ctx.num_rows = parameter.shape[0]
+
+
+def _keep_parts_backward(ctx, gradients):
+    rows = [rows_K + first for rows_K, first in zip(ctx.saved_tensors, ctx.firsts, strict=True)]
+    return pack_rows(torch.cat(gradients), torch.cat(rows), ctx.num_rows), [None] * len(rows), None
+
+
+keep_parts.register_autograd(_keep_parts_backward, setup_context=_keep_parts_setup)
 
 
 def row_gradient(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:

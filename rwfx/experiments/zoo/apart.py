@@ -38,7 +38,9 @@ def call_apart(function: Callable[..., Result], *arguments: Any, limit: float) -
     try:
         if not ours.poll(limit):
             raise Lost(f"it took longer than {limit:g} seconds")
-        return ours.recv()
+        answer = ours.recv()
+        child.join(1)  # it puts its own things away
+        return answer
     except EOFError:
         child.join()
         raise Lost(f"its process died with status {child.exitcode}") from None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -25,8 +26,8 @@ from rwfx.sparse_module import SparseModule
 SEED = 1
 ROWS = rwfx.Uniform({"*": 0.3})
 """Of every weight, also of those that give outputs."""
-UNEXPLAINED = "no plain linear call or convolution uses it"
-"""How the report's reason begins for a weight of which it knows no more."""
+MULTIPLIED = ("several matrices at once", "computes a weight from it")
+"""What the report says of parameters that take part in a product which is no linear call on them."""
 
 
 def check(entry: Entry) -> Record:
@@ -80,15 +81,16 @@ def account(model: nn.Module, sparse: SparseModule) -> dict[str, Any]:
     report = sparse.report
     # A weight by its first name, as the report has it.
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    weights = {line.weight for line in report.lines if line.calls}
-    weights |= {names[id(weight)] for module in model.modules() for weight in _weights_of(module)}
+    weights = {line.weight for line in report.lines if line.calls or line.dense_because.endswith(MULTIPLIED)}
+    there = {weight.partition("[")[0] for weight in weights}  # parts of a parameter are weights of their own
+    weights |= {names[id(weight)] for module in model.modules() for weight in _weights_of(module)} - there
     reasons = {name: reason for name, reason in report.dense.items() if name in weights}
     counted = Counter(_shortened(reason) for reason in reasons.values())
     return {
         "route": report.route,
         "weights": len(weights),
         "sparse": len(weights.intersection(report.sparse)),
-        "dense": sum(not reason.startswith(UNEXPLAINED) for reason in reasons.values()),
+        "dense": len(reasons),
         "reasons": "; ".join(f"{count} {reason}" for reason, count in counted.most_common()),
         "notes": "; ".join(report.notes),
         "state_dict": _same(list(model.state_dict()), list(sparse.state_dict())),
@@ -127,7 +129,7 @@ def graphs_of(sparse: SparseModule, inputs: Any) -> int:
     torch._dynamo.reset()
     try:
         call(torch.compile(sparse, fullgraph=True, backend="eager"), inputs)
-    except torch._dynamo.exc.TorchDynamoException:
+    except TorchDynamoException:
         torch._dynamo.reset()
         explained: Any = torch._dynamo.explain(lambda: call(sparse, inputs))()
         return explained.graph_count
@@ -151,7 +153,7 @@ def _difference(ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor |
     Numbers below a millionth of the largest of all are taken for sums that cancel, as before a batch norm.
     """
     sizes = {name: float(g.abs().max()) for name, g in theirs.items() if g is not None and g.numel()}
-    least = 1e-6 * max(sizes.values())
+    least = 1e-6 * max(sizes.values()) or 1.0
     found = {
         name: float(_minus(ours[name], theirs[name]).abs().max()) / max(size, least) for name, size in sizes.items()
     }
@@ -173,8 +175,6 @@ def _weights_of(module: nn.Module) -> list[nn.Parameter]:
         named = [module._parameters.get("weight")]
     elif isinstance(module, nn.MultiheadAttention):
         named = [module.in_proj_weight]
-    elif type(module).__name__.endswith("Experts"):
-        named = [p for p in module.parameters(recurse=False) if p.dim() == 3]
     else:
         named = []
     return [weight for weight in named if weight is not None]
@@ -182,7 +182,8 @@ def _weights_of(module: nn.Module) -> list[nn.Parameter]:
 
 def _shortened(reason: str) -> str:
     """A reason without what is different for every weight."""
-    return re.sub(r"\(\d.*\)|(?<= )\d+ (?=calls)", "", reason).split(", and a row left out")[0].strip()
+    own = re.sub(r"^no plain .*\): |, at .*:\d+$", "", reason)
+    return re.sub(r"\(\d.*\)|(?<= )\d+ (?=calls)", "", own).split(", and a row left out")[0].strip()
 
 
 def _same(ours: list[str], theirs: list[str]) -> str:

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rwfx.weight_views import View
+
 
 class MaskedCalls(TorchFunctionMode):
-    """Masks the calls on the weights of ``rows``; ``met`` collects their names.
+    """Masks the calls on the weights of ``rows``, parameters or parts of them; ``met`` collects their names.
 
     ``rounded``: whether a call gave float32 numbers that need a gradient.
     """
@@ -26,7 +28,8 @@ class MaskedCalls(TorchFunctionMode):
     def __init__(self, model: nn.Module, rows: Mapping[str, Tensor]) -> None:
         super().__init__()
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.weights = {parameters[name].untyped_storage().data_ptr(): (name, parameters[name]) for name in rows}
+        held = {name: parameters[name] for name in (weight.partition("[")[0] for weight in rows)}
+        self.parameters = {p.untyped_storage().data_ptr(): (name, p) for name, p in held.items()}
         self.rows = rows
         self.met: set[str] = set()
         self.rounded = False
@@ -40,27 +43,29 @@ class MaskedCalls(TorchFunctionMode):
             return out
         self.rounded |= out.dtype == torch.float32
         if func in CALLS:
-            weight, dim = CALLS[func](*args, **(kwargs or {}))
-            mask = self._mask(weight, out.shape[dim], func in TRANSPOSED)
-            if mask is not None:
+            operand, dim = CALLS[func](*args, **(kwargs or {}))
+            weight = self._weight_of(operand)
+            if weight in self.rows:
+                self.met.add(weight)
+                mask = torch.isin(torch.arange(out.shape[dim]), self.rows[weight])
                 mask = mask.view(-1, *[1] * (-1 - dim)).to(out)
                 out.register_hook(lambda g: g * mask)
         return out
 
-    def _mask(self, weight: Any, rows: int, transposed: bool) -> Tensor | None:
-        """Which of the output's features are kept; None where they do not come from one of the weights."""
-        if not isinstance(weight, Tensor):
-            return None
-        found = self.weights.get(weight.untyped_storage().data_ptr())
-        if found is None:
-            return None
-        name, parameter = found
-        self.met.add(name)
-        first = 0
-        if not transposed:
-            # A view on some of the rows, or on the transpose: where its first number lies says which rows they are.
-            first = (weight.storage_offset() - parameter.storage_offset()) // max(weight.stride(0), 1)
-        return torch.isin(torch.arange(first, first + rows), self.rows[name])
+    def _weight_of(self, operand: Any) -> str:
+        """The name of the weight that a call multiplies with: of a parameter, or of a part of one by where it lies."""
+        place = operand.untyped_storage().data_ptr() if isinstance(operand, Tensor) else 0
+        if place not in self.parameters:
+            return ""
+        name, parameter = self.parameters[place]
+        if operand.dim() != 2 or parameter.dim() not in (2, 3):
+            return name
+        down, across = parameter.shape[-2:]
+        index, offset = divmod(operand.storage_offset() - parameter.storage_offset(), down * across)
+        transposed = operand.stride() == (1, across) and operand.shape[1] == down
+        first, size = (offset, across) if transposed else (offset // across, down)
+        part = None if len(operand) == size else (first, first + len(operand))
+        return View(None if parameter.dim() == 2 else index, transposed, part).name(name)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class Record:
     parameters: int = 0
     route: str = ""
     weights: int = 0
-    """Linear and convolution weights: those of such modules, and other parameters that such a call uses."""
+    """Linear and convolution weights: those of such modules, and other parameters that a product reads."""
     sparse: int = 0
     dense: int = 0
     """How many of them stay dense for a stated reason."""
@@ -55,7 +55,7 @@ def problem_of(record: Record) -> str:
     problems = []
     if record.sparse + record.dense < SHARE * record.weights:
         missed = record.weights - record.sparse - record.dense
-        problems.append(f"{missed} of {record.weights} weights are dense without a reason")
+        problems.append(f"{missed} of {record.weights} weights are in no line of the report")
     if record.forward not in ("equal", SKIPPED):
         problems.append(f"forward: {record.forward}")
     if not record.gradient <= EXACT.get(record.dtype, 0.0):

@@ -7,9 +7,9 @@ from rwfx.experiments.zoo.catalogue import SUITES
 from rwfx.experiments.zoo.records import EXACT, SHARE, SKIPPED, Record, problem_of
 
 LEGEND = (
-    "*weights*: those of linear and convolution modules, of attention and of experts, and other parameters that such a "
-    "call uses. *row-sparse*: those with a row-sparse backward; *dense*: for a reason, which is given; the rest are "
-    "missed.",
+    "*weights*: those of linear and convolution modules and of attention, and other parameters that such a call or "
+    "another product reads. *row-sparse*: those with a row-sparse backward; *dense*: for a reason, which is given; the "
+    "rest are missed: the report does not name them.",
     "*gradient*: the largest difference of a parameter's gradient from plain autograd on the model itself, with the "
     "output gradients of row-sparse weights masked, over the largest number of that gradient (or a millionth of "
     "the largest of all, where that is more). Exact is "

@@ -1,0 +1,79 @@
+"""Gather the rows of a parameter once for all calls that share it, so that it gets one row gradient.
+
+Two row gradients of a parameter cannot be added in a compiled graph, nor one to the gradient of a part of it. So where
+several calls use a parameter, or parts of it, those get its rows from one operator, at which their gradients meet.
+"""
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+import rwfx.ops  # noqa: F401  defines the operators named below
+from rwfx.passes.parameters import parameter_of
+from rwfx.weight_views import like_view
+
+# A parameter, by id, of it the rows from here on, and of those the row set.
+Rows = tuple[int, int, Node]
+
+
+def kept_rows(gm: GraphModule, calls: Mapping[Node, Node]) -> dict[Node, list[Node | None]]:
+    """Add the operators to ``gm``; give, for each call that needs them, the rows of its weight and of its bias.
+
+    ``calls``: the row set of each call on a weight that has row gradients. What has one call, as a whole, is left out.
+    """
+    parts: dict[int, list[Rows]] = {}
+    num_calls: dict[int, int] = {}
+    for call, drawn in calls.items():
+        for k, operand in enumerate(call.args[1:3]):
+            if (part := _part_of(gm, operand)) is None:
+                continue
+            rows = id(part[0]), part[1], drawn
+            if rows not in parts.setdefault(rows[0], []):
+                parts[rows[0]].append(rows)
+            num_calls[rows[0]] = num_calls.get(rows[0], 0) + (k == 0)
+    kept: dict[Node, list[Node | None]] = {}
+    gathered: dict[Rows, Node] = {}
+    for call, drawn in calls.items():
+        weight = parameter_of(gm, call.args[1])
+        if weight is not None and num_calls[id(weight)] == 1:
+            continue
+        kept[call] = []
+        for operand in (*call.args[1:3], None)[:2]:
+            part = _part_of(gm, operand)
+            if not isinstance(operand, Node):
+                kept[call].append(None)
+            elif part is None:  # computed in the forward pass: its gradient goes on from here as any other
+                with gm.graph.inserting_before(call):
+                    kept[call].append(gm.graph.call_function(torch.index_select, (operand, 0, drawn)))
+            else:
+                key = id(part[0])
+                if (key, part[1], drawn) not in gathered:
+                    with gm.graph.inserting_before(next(iter(calls))):
+                        gathered |= _gather(gm, operand, parts[key])
+                kept[call].append(gathered[key, part[1], drawn])
+    return kept
+
+
+def _part_of(gm: GraphModule, operand: Any) -> tuple[nn.Parameter, int] | None:
+    """The parameter that a weight or a bias is, or is some rows of, and the first of them."""
+    if (parameter := parameter_of(gm, operand)) is not None:
+        return parameter, 0
+    if (view := like_view(gm, operand)) is None:
+        return None
+    return view[0], int(view[1].storage_offset()) // view[0][0].numel()
+
+
+def _gather(gm: GraphModule, operand: Node, parts: Iterable[Rows]) -> dict[Rows, Node]:
+    """New nodes: the rows of all ``parts`` of the parameter that ``operand`` is, or is a part of."""
+    while operand.op != "get_attr":
+        (operand,) = operand.all_input_nodes
+    parameter, parts = gm.graph.get_attr(str(operand.target)), sorted(parts, key=operator.itemgetter(1))
+    firsts, rows = [first for _, first, _ in parts], [drawn for _, _, drawn in parts]
+    if firsts == [0]:
+        return {parts[0]: gm.graph.call_function(torch.ops.rwfx.keep_rows.default, (parameter, *rows))}
+    of_all = gm.graph.call_function(torch.ops.rwfx.keep_parts.default, (parameter, rows, firsts))
+    return {part: gm.graph.call_function(operator.getitem, (of_all, k)) for k, part in enumerate(parts)}

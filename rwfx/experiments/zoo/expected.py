@@ -1,0 +1,38 @@
+"""The models that are known not to be as they should be, each with a part of what is said of it (``problem_of``).
+
+A model that is not here has no problem; one that is has this one. The tests say so in both directions.
+"""
+
+from rwfx.experiments.zoo.records import Record, problem_of
+
+_DETECTOR = "ValueError: cannot trace"
+
+EXPECTED: dict[str, str] = {
+    "hugging_face/longformer": "ValueError: cannot trace",
+    "hugging_face/vilt": "ValueError: cannot trace",
+    "hugging_face/detr": "ValueError: cannot trace",
+    "hugging_face/wav2vec2": "ValueError: cannot trace",
+    "hugging_face/hubert": "ValueError: cannot trace",
+    "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn": _DETECTOR,
+    "torchvision/fasterrcnn_mobilenet_v3_large_fpn": _DETECTOR,
+    "torchvision/fasterrcnn_resnet50_fpn": _DETECTOR,
+    "torchvision/fasterrcnn_resnet50_fpn_v2": _DETECTOR,
+    "torchvision/fcos_resnet50_fpn": _DETECTOR,
+    "torchvision/keypointrcnn_resnet50_fpn": _DETECTOR,
+    "torchvision/maskrcnn_resnet50_fpn": _DETECTOR,
+    "torchvision/maskrcnn_resnet50_fpn_v2": _DETECTOR,
+    "torchvision/retinanet_resnet50_fpn": _DETECTOR,
+    "torchvision/retinanet_resnet50_fpn_v2": _DETECTOR,
+    "torchvision/ssd300_vgg16": _DETECTOR,
+    "torchvision/ssdlite320_mobilenet_v3_large": _DETECTOR,
+}
+
+
+def surprise_of(record: Record) -> str:
+    """Say what is new about a model: another problem than is known, or none where one is; empty where nothing is."""
+    problem, known = problem_of(record), EXPECTED.get(record.entry, "")
+    if problem and not known:
+        return f"a new problem: {problem}"
+    if known and not problem:
+        return f"no problem any more; take it out of {__name__}.EXPECTED: {known}"
+    return "" if known in problem else f"another problem than {known!r}: {problem}"
