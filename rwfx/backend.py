@@ -25,7 +25,7 @@ from rwfx.report import Report
 from rwfx.sparse_module import SparseModule
 from rwfx.transform import transform_captured
 
-NAME = "torch.compile"
+NAME = "torch.compile"  # the route, in reports
 
 
 class Backend:
@@ -62,8 +62,11 @@ class Backend:
             warnings.warn(f"a graph with weights is compiled as it is: {error}", stacklevel=2)
             return self._compile(gm, example_inputs)
         self.graphs.append(sparse)
-        # Dynamo makes the sampler's tensors arguments of the graph, which an inner backend needs.
-        return torch.compile(sparse, backend=self._inner)
+        # By torch.compile, which makes arguments of the sampler's tensors, as an inner backend needs them.
+        has_open_sizes = any(isinstance(x, torch.SymInt) for x in example_inputs)
+        compiled = torch.compile(sparse, backend=self._inner, dynamic=True if has_open_sizes else None)
+        # A function around it: of a compiled module itself Dynamo would run what was compiled.
+        return lambda *args: compiled(*args)
 
 
 def backend(
@@ -98,7 +101,7 @@ def backend(
         "resample_every": resample_every, "break_even": break_even,
     }  # fmt: skip
     policy = checked_options(**options, seed=seed).policy
-    if isinstance(policy.density, dict):
+    if isinstance(policy.density, Mapping):
         raise ValueError("a density by name is for rwfx.transform: a graph of torch.compile has a part of the names.")
     return Backend(inner, common_seed() if seed is None else int(seed), **options)
 
