@@ -17,6 +17,8 @@ _RECURRENT = "a recurrent layer multiplies with it again and again, each time wi
 _EXPERTS = "{} multiplies with several matrices at once, as experts do"
 _COMPUTED = "the forward pass computes a weight from it"
 
+# Also as operators of ATen, which they stay on what is no parameter.
+_WEIGHTED = {bare_name(call) for call in (F.linear, *CONVOLUTIONS)}
 _BY_OPERATION = {
     **dict.fromkeys(("embedding", "embedding_bag"), _LOOKED_UP),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _RECURRENT),
@@ -67,9 +69,10 @@ def _is_weight(node: Node) -> bool:
     while queue:
         at = queue.pop()
         for user in at.users:
-            if user.target in (F.linear, *CONVOLUTIONS) and len(user.args) > 1 and user.args[1] is at:
+            weighted = user.op in ("call_function", "call_method") and bare_name(user.target) in _WEIGHTED
+            if weighted and len(user.args) > 1 and user.args[1] is at:
                 return True
-            if user not in seen and user.target not in (F.linear, *CONVOLUTIONS):
+            if user not in seen and not weighted:
                 seen.add(user)
                 queue.append(user)
     return False

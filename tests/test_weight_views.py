@@ -296,10 +296,13 @@ class Computed(nn.Module):
         self.table, self.norm = nn.Embedding(9, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
         self.raw, self.experts = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(3, 5, 4))
         self.again, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+        self.near = nn.Conv1d(4, 4, 3, groups=4)
 
     def forward(self, ids):
         h = F.linear(self.norm(self.table(ids)), self.raw - self.raw.mean(1, keepdim=True))
-        return self.head(self.again(torch.einsum("bti,eio->bto", h, self.experts))[0])
+        h = self.again(torch.einsum("bti,eio->bto", h, self.experts))[0]
+        near = self.near.weight.squeeze(1)
+        return self.head(torch.ops.aten.conv1d.default(h.mT, near.unsqueeze(1), None, [1], [1], [1], 4).mT)
 
 
 def test_a_parameter_that_is_no_weight_stays_dense_with_the_reason():
@@ -313,5 +316,6 @@ def test_a_parameter_that_is_no_weight_stays_dense_with_the_reason():
         "raw": "computes a weight from it",
         "experts": "einsum multiplies with several matrices",
         "again.weight_ih_l0": "recurrent layer",
+        "near.weight": "computes a weight from it",
     }.items():
         assert reason in dense[name], (name, dense[name])

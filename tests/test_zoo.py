@@ -19,6 +19,7 @@ from rwfx.experiments.zoo.apart import Lost, call_apart
 from rwfx.experiments.zoo.catalogue import SUITES, Entry, entries
 from rwfx.experiments.zoo.expected import EXPECTED, surprise_of
 from rwfx.experiments.zoo.oracle import masked_calls
+from rwfx.experiments.zoo.plan import Plan
 from rwfx.experiments.zoo.records import Record, problem_of
 from rwfx.experiments.zoo.report import report
 
@@ -48,7 +49,7 @@ def test_a_model_of_the_zoo_is_as_it_should_be(entry):
 @pytest.mark.parametrize("entry", entries(tuple(SUITES)), ids=str)
 def test_every_model_of_the_zoo_is_as_it_should_be(entry):
     pytest.importorskip({"hugging_face": "transformers"}.get(entry.suite, entry.suite))
-    assert surprise_of(run.checked(entry, limit=900)) == ""
+    assert surprise_of(run.checked(entry, limit=Plan.limit)) == ""
 
 
 def test_what_is_expected_is_in_the_zoo():
@@ -271,8 +272,16 @@ def test_the_report_counts_what_is_exact_and_names_what_is_wrong():
     text = report([SOUND, wrong])
     assert "| 1 of 2 " in text
     assert "- `timm/levit`: the gradient of w is off by nan" in text
-    assert surprise_of(replace(SOUND, suite="hugging_face", model="vilt")).startswith("no problem any more")
-    assert surprise_of(replace(wrong, suite="hugging_face", model="vilt")).startswith("another problem")
+
+
+def test_a_known_problem_that_is_gone_is_a_surprise_and_so_is_another_one(monkeypatch):
+    wrong = replace(SOUND, error="ValueError: cannot trace ResNet")
+    assert surprise_of(SOUND) == ""
+    assert surprise_of(wrong).startswith("a new problem")
+    monkeypatch.setitem(EXPECTED, "timm/resnet", "cannot trace")
+    assert surprise_of(wrong) == ""
+    assert surprise_of(SOUND).startswith("no problem any more")
+    assert surprise_of(replace(wrong, error="ValueError: other")).startswith("another problem")
 
 
 @pytest.mark.slow

@@ -307,7 +307,7 @@ def _add_zoo(commands: argparse._SubParsersAction) -> None:
         "models": (names, "names of models, where * matches any letters"),
     }
     _add_lists(command, lists, plan, every=("suites", "models"))
-    command.add_argument("--limit", type=float, default=plan.limit, help="seconds for a model (default: 900)")
+    command.add_argument("--limit", type=float, default=plan.limit, help="seconds for a model (default: 1800)")
     command.add_argument("--again", action="store_true", help="also what is written down with a problem")
     command.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -4,6 +4,7 @@ In: an ``Entry``. Out: a ``Record``. A third of the rows of every weight are dra
 the same seed and with the output gradients masked (``oracle``), says what outputs, buffers and gradients should be.
 """
 
+import random
 import re
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
@@ -21,12 +23,12 @@ import rwfx
 from rwfx.experiments.zoo.catalogue import Entry, build
 from rwfx.experiments.zoo.oracle import masked_calls
 from rwfx.experiments.zoo.records import SKIPPED, Record
-from rwfx.sparse_module import SparseModule
+from rwfx.transformed import Transformed
 
 SEED = 1
 ROWS = rwfx.Uniform({"*": 0.3})
 """Of every weight, also of those that give outputs."""
-MULTIPLIED = ("several matrices at once", "computes a weight from it")
+MULTIPLIED = re.compile("several matrices at once|computes a weight from it")
 """What the report says of parameters that take part in a product which is no linear call on them."""
 
 
@@ -34,7 +36,7 @@ def check(entry: Entry) -> Record:
     """Build a model, transform it and compare."""
     record = Record(entry.suite, entry.model)
     try:
-        torch.manual_seed(SEED)
+        _seed()
         model, inputs = build(entry)
         record = replace(record, parameters=sum(p.numel() for p in model.parameters()))
         model, inputs, dtype = in_double(model, inputs)
@@ -61,7 +63,7 @@ def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any, str]:
         return model, inputs, "meta"
     double = tree_map(lambda x: x.double() if _is_float(x) else x, inputs)
     try:
-        torch.manual_seed(SEED)
+        _seed()
         with torch.no_grad():
             call(model.double(), double)
     except RuntimeError:  # numbers of float32 that it makes itself meet those of float64
@@ -76,12 +78,12 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
     return model(*inputs)
 
 
-def account(model: nn.Module, sparse: SparseModule) -> dict[str, Any]:
+def account(model: nn.Module, sparse: Transformed) -> dict[str, Any]:
     """Count the linear and convolution weights, and say why those are dense that are."""
     report = sparse.report
     # A weight by its first name, as the report has it.
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    weights = {line.weight for line in report.lines if line.calls or line.dense_because.endswith(MULTIPLIED)}
+    weights = {line.weight for line in report.lines if line.calls or MULTIPLIED.search(line.dense_because)}
     there = {weight.partition("[")[0] for weight in weights}  # parts of a parameter are weights of their own
     weights |= {names[id(weight)] for module in model.modules() for weight in _weights_of(module)} - there
     reasons = {name: reason for name, reason in report.dense.items() if name in weights}
@@ -97,7 +99,7 @@ def account(model: nn.Module, sparse: SparseModule) -> dict[str, Any]:
     }
 
 
-def compare(model: nn.Module, sparse: SparseModule, inputs: Any, dtype: str) -> dict[str, Any]:
+def compare(model: nn.Module, sparse: Transformed, inputs: Any, dtype: str) -> dict[str, Any]:
     """Compare a training step of both: outputs, buffers and gradients."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     ours = _step(sparse, inputs)
@@ -124,7 +126,7 @@ def compare(model: nn.Module, sparse: SparseModule, inputs: Any, dtype: str) -> 
     }
 
 
-def graphs_of(sparse: SparseModule, inputs: Any) -> int:
+def graphs_of(sparse: Transformed, inputs: Any) -> int:
     """How many graphs ``torch.compile`` makes of a training forward."""
     torch._dynamo.reset()
     try:
@@ -139,12 +141,19 @@ def graphs_of(sparse: SparseModule, inputs: Any) -> int:
 def _step(model: nn.Module, inputs: Any) -> list[Tensor]:
     """A forward and backward pass under the seed of all; the output's tensors."""
     model.zero_grad()
-    torch.manual_seed(SEED)
+    _seed()
     outputs = [x for x in tree_leaves(call(model, inputs)) if isinstance(x, Tensor)]
-    torch.manual_seed(SEED)
+    _seed()
     losses = [(x * torch.randn_like(x)).sum() for x in outputs if x.requires_grad]
     torch.stack([loss.double() for loss in losses]).sum().backward()
     return [x.detach() for x in outputs]
+
+
+def _seed() -> None:
+    """All that a model may draw from."""
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002
+    torch.manual_seed(SEED)
 
 
 def _difference(ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor | None]) -> tuple[str, float]:

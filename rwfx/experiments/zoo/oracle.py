@@ -39,17 +39,18 @@ class MaskedCalls(TorchFunctionMode):
     ) -> Any:
         """Call ``func``, and hook its output where it is a call on one of the weights."""
         out = func(*args, **(kwargs or {}))
-        if not isinstance(out, Tensor) or not out.requires_grad:
+        if not isinstance(out, Tensor):
             return out
-        self.rounded |= out.dtype == torch.float32
+        self.rounded |= out.requires_grad and out.dtype == torch.float32
         if func in CALLS:
             operand, dim = CALLS[func](*args, **(kwargs or {}))
             weight = self._weight_of(operand)
             if weight in self.rows:
                 self.met.add(weight)
-                mask = torch.isin(torch.arange(out.shape[dim]), self.rows[weight])
-                mask = mask.view(-1, *[1] * (-1 - dim)).to(out)
-                out.register_hook(lambda g: g * mask)
+                if out.requires_grad:  # not before a weight that is frozen
+                    mask = torch.isin(torch.arange(out.shape[dim]), self.rows[weight])
+                    mask = mask.view(-1, *[1] * (-1 - dim)).to(out)
+                    out.register_hook(lambda g: g * mask)
         return out
 
     def _weight_of(self, operand: Any) -> str:
@@ -61,11 +62,13 @@ class MaskedCalls(TorchFunctionMode):
         if operand.dim() != 2 or parameter.dim() not in (2, 3):
             return name
         down, across = parameter.shape[-2:]
-        index, offset = divmod(operand.storage_offset() - parameter.storage_offset(), down * across)
+        index, offset = divmod(int(operand.storage_offset()), down * across)
         transposed = operand.stride() == (1, across) and operand.shape[1] == down
         first, size = (offset, across) if transposed else (offset // across, down)
-        part = None if len(operand) == size else (first, first + len(operand))
-        return View(None if parameter.dim() == 2 else index, transposed, part).name(name)
+        whole = View(None if parameter.dim() == 2 else index, transposed)
+        part = whole._replace(part=(first, first + len(operand))).name(name)
+        # One that is used both ways has a name with all of its rows for the second.
+        return whole.name(name) if len(operand) == size and part not in self.rows else part
 
 
 @contextmanager

@@ -14,7 +14,7 @@ class Plan:
     suites: tuple[str, ...] = tuple(SUITES)
     models: tuple[str, ...] = ("*",)
     """Patterns of the names of models."""
-    limit: float = 900
+    limit: float = 1800
     """The seconds that the check of one model may take."""
     again: bool = False
     """Whether models are checked again that are written down with a problem."""

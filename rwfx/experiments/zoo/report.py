@@ -17,7 +17,8 @@ LEGEND = (
     + "; *rounded within* is a model in float64 that computes some things in float32 itself.",
     "*forward*: whether outputs and buffers after a step in train mode are those of the model, bit for bit, under the "
     "same seed. *keys*: whether those of the `state_dict` are the model's, in its order.",
-    "*graphs*: how many `torch.compile` makes of a training forward; 1: `fullgraph=True` holds.",
+    "*graphs*: how many `torch.compile` makes of a training forward; 1: `fullgraph=True` holds. By the route "
+    "substitution the forward pass is the model's own code, with as many graphs as that has.",
     "*seconds*: of `rwfx.transform`, without the first compilation of the kernels.",
     f"Models on the *meta* device are too large here for numbers: what needs them was {SKIPPED}.",
 )
