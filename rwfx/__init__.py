@@ -10,6 +10,7 @@ every step   row sampler: WeightGraph, |W| --walks--> row sets --> row-sparse op
 """
 
 from rwfx import draw, ops, optim, schedules
+from rwfx.backend import backend
 from rwfx.break_even import CostModel
 from rwfx.examples import AdaptiveExamples, SampledExamples, TopExamples
 from rwfx.history import History
@@ -40,6 +41,7 @@ __all__ = [
     "Transformed",
     "Uniform",
     "WeightGraph",
+    "backend",
     "draw",
     "ops",
     "optim",

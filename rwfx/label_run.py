@@ -71,8 +71,9 @@ class LabelRun(fx.Interpreter):
         return nowhere(self.shapes[n.name], value.id) if isinstance(value, Everywhere) else value
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """An input: it comes from no row."""
-        return Everywhere(-1)
+        """An input: it comes from no row. A size that ``torch.compile`` leaves open is the example's."""
+        size = self.node.meta.get("example_value")
+        return size.node.hint if isinstance(size, torch.SymInt) else Everywhere(-1)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A parameter or a buffer."""
