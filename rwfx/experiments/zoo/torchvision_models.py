@@ -20,10 +20,11 @@ WITHOUT_DATA = ("vit_h_14", "regnet_y_128gf")  # of more than six hundred millio
 SIZES = {
     "inception_v3": (2, 3, 299, 299),
     "googlenet": (2, 3, 96, 96),
-    "vit_*": (2, 3, 224, 224),
+    "vit_*_32": (2, 3, 224, 224),
+    "vit_*": (2, 3, 112, 112),
     "maxvit_t": (2, 3, 224, 224),
     "swin3d_*": (2, 3, 4, 64, 64),
-    "mvit_*": (2, 3, 16, 224, 224),
+    "mvit_*": (1, 3, 16, 224, 224),
     "s3d": (2, 3, 16, 96, 96),
     "r3d_18": (2, 3, 4, 48, 48),
     "mc3_18": (2, 3, 4, 48, 48),
@@ -60,6 +61,8 @@ def _build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
             options["aux_loss"] = True
     if name.startswith("quantized_"):
         options["quantize"] = False
+    if name.startswith("vit_"):
+        options["image_size"] = 224 if name.endswith("_32") else 112
     if name in ("googlenet", "inception_v3", "quantized_googlenet", "quantized_inception_v3"):
         options["init_weights"] = True
     model = models.get_model(name, **options).train()
