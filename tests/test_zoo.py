@@ -31,11 +31,8 @@ FAST = {
         *("gpt2", "gpt_neox", "llama", "qwen3_moe", "mamba", "t5"),
         *("vit", "convnext", "resnet", "clip"),
     ),
-    "timm": ("ghostnet", "levit", "mobilenetv3", "resnet", "vision_transformer"),
-    "torchvision": (
-        *("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18", "mnasnet0_5"),
-        "ssdlite320_mobilenet_v3_large",
-    ),
+    "timm": ("beit", "byobnet", "mobilenetv3", "resnet", "vision_transformer"),
+    "torchvision": ("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18", "mnasnet0_5"),
 }
 
 

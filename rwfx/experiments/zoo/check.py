@@ -66,7 +66,7 @@ def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any, str]:
         _seed()
         with torch.no_grad():
             call(model.double(), double)
-    except RuntimeError:  # numbers of float32 that it makes itself meet those of float64
+    except (RuntimeError, TypeError):  # numbers of float32 that it makes itself meet those of float64
         return model.float(), inputs, "float32"
     return model, double, "float64"
 
