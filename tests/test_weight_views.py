@@ -319,3 +319,27 @@ def test_a_parameter_that_is_no_weight_stays_dense_with_the_reason():
         "near.weight": "computes a weight from it",
     }.items():
         assert reason in dense[name], (name, dense[name])
+
+
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+def test_attention_between_two_sequences_reads_its_packed_weight_in_parts(grad):
+    model = nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True).double()
+    batch = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    ours, masked = (
+        rwfx.transform(
+            copy.deepcopy(model), 4, grad=grad, mode=mode, dx="rows", seed=3, break_even=False, example_inputs=batch
+        )
+        for mode in ("sparse", "masked")
+    )
+    assert {"multihead_attn.in_proj_weight[0:8]", "multihead_attn.in_proj_weight[8:24]"} <= set(ours.rows)
+    for module in (ours, masked):
+        y = module(*batch)
+        assert torch.equal(y, model(*batch))
+        y.square().sum().backward()
+    assert_close(ours.rows, masked.rows)
+    for (name, p), q in zip(ours.named_parameters(), masked.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            assert p.grad.layout == q.grad.layout, name
+            assert_close(p.grad.to_dense(), q.grad.to_dense(), rtol=0, atol=1e-10)
+    assert ours.get_parameter("multihead_attn.in_proj_weight").grad.is_sparse == (grad == "rows")
