@@ -4,6 +4,8 @@ The children are forks of a server that has imported what they need, as importin
 """
 
 import multiprocessing
+import os
+import threading
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -51,6 +53,15 @@ def call_apart(function: Callable[..., Result], *arguments: Any, limit: float) -
 
 
 def _answer(telling: Connection, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # they would run through the progress bar
     torch.set_num_threads(threads)
     telling.send(function(*arguments))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that asked for it has ended, as where it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
