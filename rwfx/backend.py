@@ -89,8 +89,8 @@ def backend(
     for other shapes, has a new sampler.
 
     Args:
-        num_paths, density, rows, mode, dx, grad, seed, resample_every, break_even: as of ``rwfx.transform``, but without
-            densities by name: no graph knows the names of all weights.
+        num_paths, density, rows, mode, dx, grad, seed, resample_every, break_even: as of ``rwfx.transform``, but
+            without densities by name: no graph knows the names of all weights.
         inner: the backend that compiles what comes out: ``"inductor"``, ``"aot_eager"``, ``"eager"``, or a function.
 
     Raises:
