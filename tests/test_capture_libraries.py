@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -97,8 +98,7 @@ def test_a_language_model_compiles_as_one_graph():
     assert sparse.rows["classifier.weight"].numel()
 
 
-def test_random_branches_in_training_name_the_configuration():
-    library = pytest.importorskip("transformers")
+def wav2vec2(library):
     config = library.Wav2Vec2Config(
         **{**TINY, "vocab_size": 32},
         conv_dim=(32, 32),
@@ -108,9 +108,85 @@ def test_random_branches_in_training_name_the_configuration():
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=2,
     )
-    model = library.Wav2Vec2ForSequenceClassification(config).train()
-    with pytest.raises(ValueError, match="apply_spec_augment=False"):
-        rwfx.transform(model, example_inputs={"input_values": torch.randn(2, 2000)})
+    return library.Wav2Vec2ForSequenceClassification(config), {"input_values": torch.randn(2, 2000)}
+
+
+def longformer(library):
+    config = library.LongformerConfig(**TINY, attention_window=4, max_position_embeddings=64)
+    return library.LongformerForSequenceClassification(config), TEXT
+
+
+def detr(library):
+    backbone = library.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in {"layers": 1, "ffn_dim": 40}.items()}
+    config = library.DetrConfig(backbone_config=backbone, d_model=32, num_queries=7, num_labels=5, **sizes)
+    return library.DetrForObjectDetection(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+def detector(name):
+    """One of torchvision's, for small images."""
+
+    def make(library):
+        sizes = {} if name.startswith("ssd") else {"min_size": 96, "max_size": 128}
+        model = library.models.get_model(name, weights=None, weights_backbone=None, num_classes=5, **sizes)
+        images = [torch.rand(3, 96, 120).double(), torch.rand(3, 100, 96).double()]
+        boxes = torch.tensor([[10.0, 10, 60, 70], [20, 30, 80, 90]]).double()
+        masks = [torch.randint(0, 2, (2, *image.shape[1:]), dtype=torch.uint8) for image in images]
+        return model, (images, [{"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": mask} for mask in masks])
+
+    return make
+
+
+NO_GRAPH = {
+    "wav2vec2": ("transformers", wav2vec2, "apply_spec_augment=False"),
+    "longformer": ("transformers", longformer, "modeling_longformer.py"),
+    "detr": ("transformers", detr, "modeling_detr.py"),
+    **{
+        name: ("torchvision", detector(name), "for target in targets")
+        for name in (
+            *("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"),
+            *("fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"),
+        )
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NO_GRAPH)
+def test_a_model_that_no_graph_holds_has_its_own_losses_and_the_gradients_of_the_masked_one(name):
+    package, make, why = NO_GRAPH[name]
+    library = pytest.importorskip(package)
+    torch.manual_seed(0)
+    model, batch = make(library)
+    model = model.double().train()
+    if isinstance(batch, dict):
+        batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    options = {"num_paths": 20, "break_even": False, "seed": 1, "dx": "rows", "example_inputs": batch}
+    sparse, masked = (rwfx.transform(model, mode=mode, **options) for mode in ("sparse", "masked"))
+    assert sparse.report.route == "substitution"
+    assert why in sparse.notes[-1]
+    found = []
+    for module in (model, sparse, masked):
+        model.zero_grad()
+        torch.manual_seed(3)
+        np.random.seed(3)  # noqa: NPY002  what masks for augmentation are drawn from
+        buffers = copy.deepcopy(dict(model.named_buffers()))
+        given = module(**batch) if isinstance(batch, dict) else module(*batch)
+        outputs = [x for x in given.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        sum(x.square().sum() for x in outputs).backward()
+        for buffer, before in zip(model.buffers(), buffers.values(), strict=True):
+            buffer.copy_(before)
+        found.append((outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert_close(found[1][0], found[0][0], rtol=0, atol=0)
+    assert_close(sparse.rows, masked.rows)
+    assert found[1][1].keys() == found[2][1].keys()
+    largest = max(float(grad.abs().max()) for grad in found[2][1].values())
+    for name, grad in found[2][1].items():
+        assert_close(found[1][1][name], grad, rtol=1e-8, atol=1e-12 * largest)
+    weights = [line for line in sparse.report.lines if line.calls]
+    assert sum(not line.dense_because for line in weights) >= 0.9 * len(weights)
 
 
 @pytest.mark.slow
