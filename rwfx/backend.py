@@ -49,7 +49,7 @@ class Backend:
         """What was rewritten in each of ``graphs``, and what stayed dense."""
         return [graph.report for graph in self.graphs]
 
-    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph; called by Dynamo."""
         weights = [x for x in example_inputs if isinstance(x, nn.Parameter) and x.requires_grad and x.dim() > 1]
         if not (weights and torch.is_grad_enabled()):
@@ -166,6 +166,6 @@ def _note_shape(node: Node) -> None:
     """What the labels need to know of a value, with the example's numbers for sizes that are open."""
     value = node.meta.get("example_value")
     if isinstance(value, torch.Tensor):
-        sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
+        sizes: list[Any] = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
         if None not in sizes:
             node.meta[SHAPE] = torch.Size(sizes)

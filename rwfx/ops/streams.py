@@ -10,6 +10,7 @@ that is computed again is given once more, so that its draws are the same.
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 torch.library.define("rwfx::rewind_", "(Tensor(a!) state, Tensor tick) -> ()")
 
@@ -48,5 +49,5 @@ def recomputes() -> bool:
     """
     if torch._C._current_graph_task_id() == -1:
         return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return hooks is not None and hooks[0].__module__ == checkpoint.__name__
