@@ -22,6 +22,7 @@ from rwfx.options import Options, checked_options, common_seed
 from rwfx.passes.sample_rows import SAMPLER
 from rwfx.policies import Densities, Policy
 from rwfx.report import Report
+from rwfx.roles import ROLES
 from rwfx.sparse_module import SparseModule
 from rwfx.transform import transform_captured
 
@@ -74,6 +75,7 @@ def backend(
     *,
     density: Densities | None = None,
     rows: Policy | None = None,
+    include: str | Sequence[str] = "all",
     mode: str = "sparse",
     dx: str | None = None,
     grad: str = "dense",
@@ -89,6 +91,8 @@ def backend(
     for other shapes, has a new sampler.
 
     Args:
+        include: ``"all"`` or the roles of weights (``rwfx.roles``), in each graph by itself: with a density, what gives
+            a graph's outputs keeps all rows, also before a break, unless ``"head"`` is asked for (``("all", "head")``).
         num_paths, density, rows, mode, dx, grad, seed, resample_every, break_even: as of ``rwfx.transform``, but
             without densities by name: no graph knows the names of all weights.
         inner: the backend that compiles what comes out: ``"inductor"``, ``"aot_eager"``, ``"eager"``, or a function.
@@ -97,10 +101,14 @@ def backend(
         TypeError, ValueError: an argument is not allowed.
     """
     options = {
-        "num_paths": num_paths, "density": density, "rows": rows, "mode": mode, "dx": dx, "grad": grad,
-        "resample_every": resample_every, "break_even": break_even,
+        "num_paths": num_paths, "density": density, "rows": rows, "include": include, "mode": mode, "dx": dx,
+        "grad": grad, "resample_every": resample_every, "break_even": break_even,
     }  # fmt: skip
-    policy = checked_options(**options, seed=seed).policy
+    checked = checked_options(**options, seed=seed)
+    policy = checked.policy
+    for place in checked.include:
+        if place not in ("all", *ROLES):
+            raise ValueError(f'include takes "all" and roles ({", ".join(ROLES)}) here, got {place!r}.')
     if isinstance(policy.density, Mapping):
         raise ValueError("a density by name is for rwfx.transform: a graph of torch.compile has a part of the names.")
     return Backend(inner, common_seed() if seed is None else int(seed), **options)

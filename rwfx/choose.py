@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from rwfx.break_even import Candidate, CostModel
@@ -29,7 +30,7 @@ from rwfx.schedules import Schedule
 from rwfx.stations import WeightUse
 from rwfx.unweighted import why_unweighted
 from rwfx.weight_graph import WeightGraph
-from rwfx.where import Where, asked_for, matches
+from rwfx.where import Where, asked_for, asks, matches
 
 
 def lines_of(
@@ -136,13 +137,13 @@ def left_out(
 
 
 def densities_of(
-    density: Densities | None, graph: WeightGraph, include: Sequence[Where] = ()
+    density: Densities | None, graph: WeightGraph, host: nn.Module, include: Sequence[Where] = ()
 ) -> dict[str, float | Schedule] | None:
     """The density of each weight; None where none is given.
 
     Not of a weight that a mapping does not name; nor, without a mapping, of one that gives outputs and nothing else,
-    unless ``include`` has its name or its role: a row of it that is left out is a part of the loss that is left out.
-    meProp (Sun et al. 2017) does the same.
+    unless ``include`` asks for it by more than ``"all"`` or a class: a row of it that is left out is a part of the loss
+    that is left out. meProp (Sun et al. 2017) does the same.
 
     Raises:
         ValueError: a mapping has a name that matches nothing.
@@ -150,12 +151,12 @@ def densities_of(
     if density is None:
         return None
     if not isinstance(density, Mapping):
-        heads = set() if "head" in include else heads_of(graph)
-        asked = [place for place in include if isinstance(place, str)]
+        heads = heads_of(graph)
+        places = [place for place in include if place != "all" and not isinstance(place, type)]
         return {
             weight: density
             for weight, names in graph.names.items()
-            if weight not in heads or any(place != "all" and matches(names, place) for place in asked)
+            if weight not in heads or any(asks(place, weight, names, host, {"head": heads}) for place in places)
         }
     found, unused = {}, set(density)
     for weight, names in graph.names.items():

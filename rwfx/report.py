@@ -152,9 +152,9 @@ class Report:
 
     @property
     def kept_share(self) -> float:
-        """The share of the dense backward's products that the last draw kept by rows, K of O of each."""
+        """The share of the dense backward's products kept by rows, K of O of each: by the last draw, or as expected."""
         weighed = [(line, line.features * (line.calls + line.input_grads) * (line.places or 1)) for line in self.lines]
-        kept = sum(self.kept_rows.get(line.weight, line.rows) * each for line, each in weighed)
+        kept = sum(self._kept(line) * each for line, each in weighed)
         return kept / sum(line.rows * each for line, each in weighed)
 
     def __str__(self) -> str:

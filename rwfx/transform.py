@@ -28,6 +28,7 @@ from rwfx.passes.sparse_backward import MASKED, SPARSE, sparse_backward
 from rwfx.passes.sparse_examples import EXAMPLES, sparse_examples
 from rwfx.passes.verify import verify
 from rwfx.policies import Densities, Policy
+from rwfx.row_calls import RowSparse
 from rwfx.sampler import RowSampler
 from rwfx.sparse_module import SparseModule, check_names
 from rwfx.substituted import SubstitutedModule, read_elsewhere, substitute
@@ -111,11 +112,18 @@ def transform(
     options = checked_options(
         num_paths, density, rows, examples, include, exclude, mode, dx, grad, seed, resample_every, break_even
     )
-    if isinstance(model, Transformed):
-        raise ValueError("model is already transformed. Transform the model it was made from.")
+    _check_new(model)
     captured = capture(model, example_inputs)
     check_names(captured.host)
     return transform_captured(model, captured, options)
+
+
+def _check_new(model: Any) -> None:
+    """Refuse what is transformed already, as a whole or in a part."""
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, (Transformed, RowSparse)):
+            what = f"module {path!r} of the model" if path else "model"
+            raise ValueError(f"{what} is already transformed. Transform the model it was made from.")
 
 
 def transform_captured(model: nn.Module, captured: Capture, options: Options) -> SparseModule | SubstitutedModule:
@@ -130,7 +138,7 @@ def transform_captured(model: nn.Module, captured: Capture, options: Options) ->
     gm = normalize(GraphModule(captured.host, captured.train))
     shapes = shapes_of(gm, captured)
     graph = graph_of(gm, captured, shapes)
-    densities = densities_of(policy.density, graph, options.include)
+    densities = densities_of(policy.density, graph, captured.host, options.include)
     unasked = left_out(gm, graph, captured, options.include, options.exclude, policy.density)
     if substituted:
         unasked = read_elsewhere(gm, graph, captured.host) | unasked

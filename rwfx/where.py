@@ -53,7 +53,7 @@ def asked_for(
     """
     found: set[str] = set()
     for place in places:
-        wanted = {weight for weight, names in weights.items() if _asks(place, weight, names, host, roles)}
+        wanted = {weight for weight, names in weights.items() if asks(place, weight, names, host, roles)}
         if not wanted and not (isinstance(place, str) and place in ROLES):
             known = ", ".join(weights)
             shown = place if isinstance(place, str) else getattr(place, "__name__", place)
@@ -67,9 +67,10 @@ def matches(names: Collection[str], pattern: str) -> bool:
     return any(path == pattern or fnmatchcase(path, pattern) for name in names for path in _paths(name))
 
 
-def _asks(
+def asks(
     place: Where, weight: str, names: Collection[str], host: nn.Module, roles: Mapping[str, Collection[str]]
 ) -> bool:
+    """Whether ``place`` asks for a weight of these names."""
     if place == "all":
         return True
     if isinstance(place, str):

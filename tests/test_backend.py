@@ -1,5 +1,7 @@
 """``torch.compile(model, backend=rwfx.backend(...))``, and graphs that break."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,3 +170,24 @@ def test_inductor_compiles_what_comes_out():
     found = {name: to_dense(p.grad).clone() for name, p in model.named_parameters()}
     expected = masked_gradients(model, lambda m: m(x).square().sum(), rows_of(backend, 2), "rows")
     assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("include", "sparse"), [("all", []), (("all", "head"), [("a.weight",), ("b.weight",)])])
+def test_what_gives_the_outputs_of_a_graph_has_a_density_where_it_is_asked_for(include, sparse):
+    class TwoGraphs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            torch._dynamo.graph_break()
+            return self.b(h)
+
+    backend = rwfx.backend(density=0.5, include=include, inner="eager")
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        torch.compile(TwoGraphs(), backend=backend)(torch.randn(3, 6)).sum().backward()
+    assert [report.sparse for report in backend.reports] == sparse
+    with pytest.raises(ValueError, match="include takes"):
+        rwfx.backend(include="a.weight")

@@ -193,10 +193,14 @@ def test_the_host_keeps_classes_attributes_hooks_and_unused_parameters():
         (lambda: torch.compile(nn.Linear(2, 2)), "is compiled"),
         (lambda: nn.DataParallel(nn.Linear(2, 2)), "Transform model.module"),
         (lambda: nn.Sequential(nn.LazyLinear(2)), "is lazy"),
-        (lambda: rwfx.transform(nn.Sequential(nn.Linear(2, 2))), "already transformed"),
+        (lambda: rwfx.transform(nn.Sequential(nn.Linear(2, 2))), "model is already transformed"),
+        (
+            lambda: nn.Sequential(rwfx.transform(nn.Sequential(nn.Linear(2, 2))), nn.ReLU()),
+            "'0' of the model is already",
+        ),
         (lambda: torch.jit.trace(nn.Linear(2, 2), torch.randn(1, 2)), "ScriptModule"),
     ],
-    ids=["compiled", "data-parallel", "lazy", "transformed", "script"],
+    ids=["compiled", "data-parallel", "lazy", "transformed", "transformed-part", "script"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_wrapped_models_are_refused_with_what_to_do(make, match):
