@@ -263,6 +263,47 @@ def test_a_part_has_no_row_gradient_where_other_gradients_reach_its_rows(overlap
     assert "w[0:5]" in sparse.rows
 
 
+class Read(nn.Module):
+    """``x @ weight.T + bias``, where both are what two functions make of parameters."""
+
+    def __init__(self, weight, bias, shape=(10, 6), bias_shape=(10,)):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(bias_shape))
+        self.weight, self.bias, self.head = weight, bias, nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(F.linear(x, self.weight(self.w), self.bias(self.b))[:, :5].tanh())
+
+
+def whole(p):
+    return p
+
+
+NO_VIEWS = {
+    "list": Read(lambda w: w[[7, 3, 9, 1, 5]], lambda b: None),
+    "list-of-bools": Read(lambda w: w[[True] * 5 + [False] * 5], lambda b: None),
+    "several-matrices": Read(lambda w: w.view(10, 6), whole, (2, 5, 6)),
+    "across-matrices": Read(lambda w: w.view(10, 6)[3:8], lambda b: b[:5], (2, 5, 6)),
+    "one-row-of-each-matrix": Read(lambda w: w[:, 0], lambda b: b[:5], (5, 1, 6)),
+    "broadcast-bias": Read(whole, lambda b: b[3:4]),
+    "bias-of-each-place": Read(whole, whole, bias_shape=(4, 10)),
+}
+
+
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+@pytest.mark.parametrize("model", NO_VIEWS.values(), ids=NO_VIEWS)
+def test_a_weight_that_is_no_plain_view_keeps_its_own_gradient(model, grad):
+    model, x = copy.deepcopy(model).double(), torch.randn(4, 6, dtype=torch.float64)
+    sparse = rwfx.transform(model, 2, dx="full", grad=grad, break_even=False)
+    sparse(x).square().sum().backward()
+    ours = [model.w.grad, model.b.grad]
+    assert set(sparse.rows) == {"head.weight"}
+    assert "w" in sparse.report.dense
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert_close(ours, [model.w.grad, model.b.grad], rtol=0, atol=1e-12)
+
+
 def test_a_weight_that_is_used_both_ways_has_a_row_set_for_each():
     class Tied(nn.Module):
         def __init__(self):
