@@ -83,6 +83,19 @@ def view_of(gm: GraphModule, node: Any, transpose: bool = False) -> tuple[nn.Par
     return parameter, View(stack, transposed, None if rows == size else (first, first + rows))
 
 
+def rows_of(gm: GraphModule, node: Any) -> tuple[nn.Parameter, range] | None:
+    """The parameter that a node is, or is consecutive rows of, its first dimension, and which; None for any other."""
+    if (parameter := parameter_of(gm, node)) is not None:
+        return parameter, range(len(parameter))
+    if (found := like_view(gm, node)) is None:
+        return None
+    parameter, rows = found
+    if (rows.shape[1:], rows.stride()) != (parameter.shape[1:], parameter.stride()) or not parameter.numel():
+        return None
+    first, rest = divmod(int(rows.storage_offset()), parameter.stride(0))
+    return None if rest else (parameter, range(first, first + len(rows)))
+
+
 VIEWS = {
     *("t", "transpose", "permute", "swapaxes", "numpy_T", "mT", "getattr", "view", "alias"),
     *("split", "split_with_sizes", "chunk", "unbind", "select", "slice", "narrow", "getitem"),
