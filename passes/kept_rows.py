@@ -6,15 +6,13 @@ several calls use a parameter, or parts of it, those get its rows from one opera
 
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
 from rwfx.passes.parameters import parameter_of
-from rwfx.weight_views import like_view
+from rwfx.weight_views import rows_of
 
 # A parameter, by id, of it the rows from here on, and of those the row set.
 Rows = tuple[int, int, Node]
@@ -23,27 +21,29 @@ Rows = tuple[int, int, Node]
 def kept_rows(gm: GraphModule, calls: Mapping[Node, Node]) -> dict[Node, list[Node | None]]:
     """Add the operators to ``gm``; give, for each call that needs them, the rows of its weight and of its bias.
 
-    ``calls``: the row set of each call on a weight that has row gradients. What has one call, as a whole, is left out.
+    ``calls``: the row set of each call on a weight that has row gradients. What has one call, as a whole, and no bias
+    that is a part of a parameter or computed, is left out.
     """
     parts: dict[int, list[Rows]] = {}
     num_calls: dict[int, int] = {}
     for call, drawn in calls.items():
         for k, operand in enumerate(call.args[1:3]):
-            if (part := _part_of(gm, operand)) is None:
+            if (part := rows_of(gm, operand)) is None:
                 continue
-            rows = id(part[0]), part[1], drawn
+            rows = id(part[0]), part[1].start, drawn
             if rows not in parts.setdefault(rows[0], []):
                 parts[rows[0]].append(rows)
             num_calls[rows[0]] = num_calls.get(rows[0], 0) + (k == 0)
     kept: dict[Node, list[Node | None]] = {}
     gathered: dict[Rows, Node] = {}
     for call, drawn in calls.items():
-        weight = parameter_of(gm, call.args[1])
-        if weight is not None and num_calls[id(weight)] == 1:
+        operands = (*call.args[1:3], None)[:2]
+        weight, bias = (parameter_of(gm, operand) for operand in operands)
+        if weight is not None and num_calls[id(weight)] == 1 and (bias is not None or operands[1] is None):
             continue
         kept[call] = []
-        for operand in (*call.args[1:3], None)[:2]:
-            part = _part_of(gm, operand)
+        for operand in operands:
+            part = rows_of(gm, operand)
             if not isinstance(operand, Node):
                 kept[call].append(None)
             elif part is None:  # computed in the forward pass: its gradient goes on from here as any other
@@ -51,20 +51,11 @@ def kept_rows(gm: GraphModule, calls: Mapping[Node, Node]) -> dict[Node, list[No
                     kept[call].append(gm.graph.call_function(torch.index_select, (operand, 0, drawn)))
             else:
                 key = id(part[0])
-                if (key, part[1], drawn) not in gathered:
+                if (key, part[1].start, drawn) not in gathered:
                     with gm.graph.inserting_before(next(iter(calls))):
                         gathered |= _gather(gm, operand, parts[key])
-                kept[call].append(gathered[key, part[1], drawn])
+                kept[call].append(gathered[key, part[1].start, drawn])
     return kept
-
-
-def _part_of(gm: GraphModule, operand: Any) -> tuple[nn.Parameter, int] | None:
-    """The parameter that a weight or a bias is, or is some rows of, and the first of them."""
-    if (parameter := parameter_of(gm, operand)) is not None:
-        return parameter, 0
-    if (view := like_view(gm, operand)) is None:
-        return None
-    return view[0], int(view[1].storage_offset()) // view[0][0].numel()
 
 
 def _gather(gm: GraphModule, operand: Node, parts: Iterable[Rows]) -> dict[Rows, Node]:

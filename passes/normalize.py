@@ -13,7 +13,7 @@ from rwfx.passes import conv_spellings
 from rwfx.passes.conv_spellings import CONV_CALLS, CONV_MODULES, TRANSPOSED
 from rwfx.passes.parameters import parameter_of
 from rwfx.passes.spellings import LINEAR_CALLS, LINEAR_MODULES, Call, untransposed
-from rwfx.weight_views import View, view_of
+from rwfx.weight_views import View, like_view, view_of
 
 # The normalized calls that are convolutions, with their number of spatial dimensions.
 CONVOLUTIONS: dict[Any, int] = conv_spellings.CONVOLUTIONS | TRANSPOSED
@@ -69,9 +69,9 @@ def weighted(gm: GraphModule, node: Node) -> tuple[nn.Parameter, View] | None:
     """
     if node.op != "call_function" or node.target not in WEIGHTED or len(node.args) < 2:
         return None
-    if node.target in CONVOLUTIONS and (node.kwargs or any(isinstance(o, Node) for o in tree_leaves(node.args[3:]))):
-        return None  # one with a symbolic option has been left as it was
-    return _weight(gm, node.target, node.args[1])
+    if node.kwargs or any(isinstance(o, Node) for o in tree_leaves(node.args[3:])):
+        return None  # one with a symbolic option, or whose bias is broadcast, has been left as it was
+    return _weight(gm, node.target, node.args[1], (*node.args, None)[2])
 
 
 def num_rows(gm: GraphModule, node: Node) -> int:
@@ -94,12 +94,18 @@ def _meaning(gm: GraphModule, node: Node) -> Call | None:
         return None
     if isinstance(call.weight, str):
         return call if gm.get_parameter(call.weight).dim() == 2 + WEIGHTED[call.target] else None
-    return call if _weight(gm, call.target, call.weight, call.transpose) is not None else None
+    return call if _weight(gm, call.target, call.weight, call.bias, call.transpose) is not None else None
 
 
-def _weight(gm: GraphModule, target: Any, node: Any, transpose: bool = False) -> tuple[nn.Parameter, View] | None:
-    """The weight that a node, or its transpose, is to a call of ``target``."""
+def _weight(
+    gm: GraphModule, target: Any, node: Any, bias: Any, transpose: bool = False
+) -> tuple[nn.Parameter, View] | None:
+    """The weight that a node, or its transpose, is to a call of ``target`` that adds ``bias``."""
     if target is F.linear:
-        return view_of(gm, node, transpose)
+        found, vector = view_of(gm, node, transpose), like_view(gm, bias)
+        if found is None or vector is None:
+            return found
+        # A bias of another shape is broadcast: its entries are not those of the rows.
+        return found if vector[1].shape == found[1].of(found[0]).shape[:1] else None
     parameter = parameter_of(gm, node)
     return (parameter, View()) if parameter is not None and parameter.dim() == 2 + WEIGHTED[target] else None

@@ -11,7 +11,7 @@ from rwfx.passes.parameters import parameter_of
 from rwfx.policies import Policy, TopK
 from rwfx.report import Line
 from rwfx.weight_graph import WeightGraph
-from rwfx.weight_views import View, like_view, views_of
+from rwfx.weight_views import View, like_view, rows_of, views_of
 
 
 def why_no_row_gradient(gm: GraphModule, graph: WeightGraph, weight: str, policy: Policy) -> str:
@@ -28,6 +28,8 @@ def why_no_row_gradient(gm: GraphModule, graph: WeightGraph, weight: str, policy
         return "other weights are views of the same rows, and two row gradients cannot be added in a compiled graph"
     if weight in graph.weights and isinstance(policy, TopK):
         return "it is a part of a parameter, and TopK chooses rows too late to gather those of all parts"
+    if not _biases_apart(gm, [(use.weight, calls[use.node]) for use in uses]):
+        return "others add rows of its bias too, and two row gradients cannot be added in a compiled graph"
     if other := _other_gradient(gm, [calls[use.node] for use in uses]):
         return f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
     return ""
@@ -58,6 +60,25 @@ def _apart(views: Sequence[View]) -> bool:
     return all(before[1] <= after[0] for before, after in pairwise(parts))
 
 
+def _biases_apart(gm: GraphModule, calls: Sequence[tuple[str, Node]]) -> bool:
+    """Whether the biases of these calls on the weights named can have one row gradient a parameter, or have none.
+
+    They can where they are rows of the parameter that do not overlap, each added with the rows of one weight.
+    """
+    parts: dict[nn.Parameter, set[tuple[str, range | None]]] = {}
+    for weight, call in calls:
+        bias = (*call.args[1:3], None)[1]
+        if (parameter := _viewed(gm, bias)) is not None:
+            of = rows_of(gm, bias)
+            parts.setdefault(parameter, set()).add((weight, of and of[1]))
+    for found in parts.values():
+        known = [rows for _, rows in found if rows is not None]
+        distinct = {row for rows in known for row in rows}
+        if known and (len(known) < len(found) or len(distinct) < sum(map(len, known))):
+            return False
+    return True
+
+
 def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:
     """Where the weight or bias of these calls gets a gradient that is not confined to their row sets, if it does."""
     viewed = [_viewed(gm, operand) for call in calls for operand in call.args[1:3]]
@@ -66,8 +87,9 @@ def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:
         if node.op == "call_module":
             shared = any(id(p) in parameters for p in gm.get_submodule(str(node.target)).parameters())
         else:
-            shared = views_of(gm, node) is None and any(id(_viewed(gm, n)) in parameters for n in node.all_input_nodes)
-        if shared and node not in calls:
+            read = node.args[:1] if node in calls else node.all_input_nodes
+            shared = views_of(gm, node) is None and any(id(_viewed(gm, n)) in parameters for n in read)
+        if shared:
             return f"{node.name} uses its weight or bias too"
     return ""
 

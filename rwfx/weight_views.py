@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rwfx.label_rules import bare_name
 from rwfx.passes.parameters import parameter_of
@@ -66,7 +66,7 @@ def view_of(gm: GraphModule, node: Any, transpose: bool = False) -> tuple[nn.Par
         return (parameter, View()) if parameter.dim() == 2 else None
     if (found := like_view(gm, node)) is None or found[1].dim() != 2 or found[0].dim() not in (2, 3):
         return None
-    if not found[0].numel():
+    if not found[1].numel():
         return None
     parameter, weight_OI = found[0], found[1].t() if transpose else found[1]
     (down, across), (rows, features) = parameter.shape[-2:], weight_OI.shape
@@ -78,7 +78,22 @@ def view_of(gm: GraphModule, node: Any, transpose: bool = False) -> tuple[nn.Par
         first, transposed, size = offset, True, across
     else:
         return None
+    if first + rows > size:  # of several matrices of a stack
+        return None
     return parameter, View(stack, transposed, None if rows == size else (first, first + rows))
+
+
+def rows_of(gm: GraphModule, node: Any) -> tuple[nn.Parameter, range] | None:
+    """The parameter that a node is, or is consecutive rows of, its first dimension, and which; None for any other."""
+    if (parameter := parameter_of(gm, node)) is not None:
+        return parameter, range(len(parameter))
+    if (found := like_view(gm, node)) is None:
+        return None
+    parameter, rows = found
+    if (rows.shape[1:], rows.stride()) != (parameter.shape[1:], parameter.stride()) or not parameter.numel():
+        return None
+    first, rest = divmod(int(rows.storage_offset()), parameter.stride(0))
+    return None if rest else (parameter, range(first, first + len(rows)))
 
 
 VIEWS = {
@@ -98,14 +113,31 @@ def views_of(gm: GraphModule, node: Any) -> tuple[nn.Parameter, Any] | None:
     if not isinstance(node, Node):
         return None
     if (parameter := parameter_of(gm, node)) is not None:
-        return (parameter, torch.empty(parameter.shape, device="meta")) if parameter.is_contiguous() else None
+        like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        return (parameter, like) if parameter.is_contiguous() else None
     sources = node.all_input_nodes
     if len(sources) != 1 or node.op not in ("call_function", "call_method") or bare_name(node.target) not in VIEWS:
         return None
     if node.target is getattr and node.args[1] not in ("T", "mT"):
         return None
+    if bare_name(node.target) == "getitem" and _looks_up(node.args[1]):
+        return None
     if (source := views_of(gm, sources[0])) is None:
         return None
     args, kwargs = tree_map(lambda a: source[1] if isinstance(a, Node) else a, (node.args, node.kwargs))
     function: Callable[..., Any] = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
-    return source[0], function(*args, **kwargs)
+    views = function(*args, **kwargs)
+    whole = tree_leaves(source[1])[0]
+    return (source[0], views) if all(_is_view(v, whole) for v in tree_leaves(views)) else None
+
+
+def _is_view(found: Any, of: Tensor) -> bool:
+    """Whether it is numbers of the tensor in its memory, and no copy."""
+    if not isinstance(found, Tensor) or found.dtype != of.dtype:
+        return False
+    return found.untyped_storage()._cdata == of.untyped_storage()._cdata
+
+
+def _looks_up(index: Any) -> bool:
+    """Whether ``p[index]`` is a copy of what a list or a truth value chooses."""
+    return any(isinstance(i, list | bool) for i in (index if isinstance(index, tuple) else (index,)))

@@ -127,6 +127,19 @@ def test_kept_rows_receive_the_gradient_of_every_call_that_shares_them(op, dx, r
     torch.library.opcheck(overload(op), (x, w, b, rows, dx, "rows", None, kept[0].detach().requires_grad_(), None))
 
 
+def test_kept_rows_have_a_backward_pass_for_each_part_of_the_model_that_has_one_of_its_own():
+    w, rows = torch.randn(5, 7, requires_grad=True), torch.tensor([1, 4])
+    kept = keep_rows(w, rows)
+    for factor in (1, 2):
+        (factor * kept).sum().backward()
+    assert_close(w.grad.to_dense(), torch.zeros(5, 7).index_fill(0, rows, 3))
+    w.grad = None
+    one, two = keep_parts(w, [torch.tensor([1]), torch.tensor([0, 2])], [0, 2])
+    for part in (one, 2 * two):
+        part.sum().backward()
+    assert_close(w.grad.to_dense(), torch.tensor([0.0, 1, 2, 0, 2])[:, None].expand(5, 7))
+
+
 def test_opcheck_of_row_gradients():
     w = torch.randn(5, 7, requires_grad=True)
     torch.library.opcheck(keep_rows, (w, torch.tensor([1, 4])))

@@ -263,6 +263,120 @@ def test_a_part_has_no_row_gradient_where_other_gradients_reach_its_rows(overlap
     assert "w[0:5]" in sparse.rows
 
 
+class Read(nn.Module):
+    """``x @ weight.T + bias``, where both are what two functions make of parameters."""
+
+    def __init__(self, weight, bias, shape=(10, 6), bias_shape=(10,)):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(bias_shape))
+        self.weight, self.bias, self.head = weight, bias, nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(F.linear(x, self.weight(self.w), self.bias(self.b))[:, :5].tanh())
+
+
+def whole(p):
+    return p
+
+
+NO_VIEWS = {
+    "list": Read(lambda w: w[[7, 3, 9, 1, 5]], lambda b: None),
+    "list-of-bools": Read(lambda w: w[[True] * 5 + [False] * 5], lambda b: None),
+    "several-matrices": Read(lambda w: w.view(10, 6), whole, (2, 5, 6)),
+    "across-matrices": Read(lambda w: w.view(10, 6)[3:8], lambda b: b[:5], (2, 5, 6)),
+    "one-row-of-each-matrix": Read(lambda w: w[:, 0], lambda b: b[:5], (5, 1, 6)),
+    "broadcast-bias": Read(whole, lambda b: b[3:4]),
+    "bias-of-each-place": Read(whole, whole, bias_shape=(4, 10)),
+}
+
+
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+@pytest.mark.parametrize("model", NO_VIEWS.values(), ids=NO_VIEWS)
+def test_a_weight_that_is_no_plain_view_keeps_its_own_gradient(model, grad):
+    model, x = copy.deepcopy(model).double(), torch.randn(4, 6, dtype=torch.float64)
+    sparse = rwfx.transform(model, 2, dx="full", grad=grad, break_even=False)
+    sparse(x).square().sum().backward()
+    ours = [model.w.grad, model.b.grad]
+    assert set(sparse.rows) == {"head.weight"}
+    assert "w" in sparse.report.dense
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert_close(ours, [model.w.grad, model.b.grad], rtol=0, atol=1e-12)
+
+
+BIASES = {
+    "rows": lambda b: b[5:],
+    "every-other": lambda b: b[::2],
+    "column": lambda b: b.view(5, 2)[:, 1],
+    "list": lambda b: b[[4, 3, 2, 1, 0]],
+    "computed": lambda b: b[5:] * 2,
+    "row-of-a-matrix": lambda b: b.view(2, 5)[1],
+}
+
+
+class Added(nn.Module):
+    """Some rows of a weight, or all, and a bias that is a function of a parameter; the outputs are theirs."""
+
+    def __init__(self, part, bias):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(10 if part else 5, 6)), nn.Parameter(torch.randn(10))
+        self.part, self.bias = part, bias
+
+    def forward(self, x):
+        return F.linear(x, self.w[:5] if self.part else self.w, self.bias(self.b))
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+def test_a_bias_beside_a_row_gradient_has_the_gradients_of_its_own_entries(part, bias):
+    model = Added(part, bias).double()
+    x, g = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    sparse = rwfx.transform(model, 3, grad="rows", seed=1, break_even=False)
+    sparse(x).backward(g)
+    assert model.w.grad.is_sparse
+    ours = [p.grad.to_dense() for p in (model.w, model.b)]
+    (drawn,) = sparse.rows.values()
+    assert 0 < len(drawn) < 5
+    model.zero_grad()
+    model(x).backward(g * torch.zeros(5, dtype=g.dtype).index_fill(0, drawn, 1))
+    assert_close(ours, [model.w.grad, model.b.grad], rtol=0, atol=1e-12)
+
+
+class Beside(nn.Module):
+    """Two parts of a weight, with two views of one bias."""
+
+    def __init__(self, one, two):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(10, 6)), nn.Parameter(torch.randn(10))
+        self.one, self.two, self.head = one, two, nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = F.linear(x, self.w[:5], self.one(self.b)) + F.linear(x, self.w[5:], self.two(self.b))
+        return self.head(h.tanh())
+
+
+def test_a_weight_that_is_multiplied_with_itself_has_no_row_gradient():
+    class Similar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classes, self.head = nn.Parameter(torch.randn(5, 6)), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(F.linear(x, F.linear(self.classes, self.classes)))
+
+    sparse = rwfx.transform(Similar(), 2, grad="rows", break_even=False)
+    assert "uses its weight" in sparse.report.dense["classes"]
+
+
+@pytest.mark.parametrize("two", [lambda b: b[2:7], lambda b: b[:5], lambda b: b[::2]], ids=["over", "same", "strided"])
+def test_parts_have_no_row_gradients_where_their_biases_overlap(two):
+    sparse = rwfx.transform(Beside(lambda b: b[:5], two), 3, grad="rows", break_even=False)
+    assert set(sparse.rows) == {"head.weight"}
+    assert all("others add rows of its bias" in sparse.report.dense[name] for name in ("w[0:5]", "w[5:10]"))
+    apart = rwfx.transform(Beside(lambda b: b[5:], lambda b: b[:5]), 3, grad="rows", break_even=False)
+    assert set(apart.rows) == {"w[0:5]", "w[5:10]", "head.weight"}
+
+
 def test_a_weight_that_is_used_both_ways_has_a_row_set_for_each():
     class Tied(nn.Module):
         def __init__(self):

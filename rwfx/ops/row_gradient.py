@@ -63,26 +63,26 @@ def _(values, rows, num_rows):
 
 
 def _keep_setup(ctx, inputs, output) -> None:
-    parameter, rows = inputs
-    ctx.save_for_backward(rows)
+    # Not saved: where a part of the forward pass that shares these rows has a backward pass of its own, as with
+    # reentrant checkpoints, this one runs several times, and autograd would have given them back after the first.
+    parameter, ctx.rows = inputs
     ctx.num_rows = parameter.shape[0]
 
 
 def _keep_backward(ctx, g):
-    return pack_rows(g, ctx.saved_tensors[0], ctx.num_rows), None
+    return pack_rows(g, ctx.rows, ctx.num_rows), None
 
 
 keep_rows.register_autograd(_keep_backward, setup_context=_keep_setup)
 
 
 def _keep_parts_setup(ctx, inputs, output) -> None:
-    parameter, rows, ctx.firsts = inputs
-    ctx.save_for_backward(*rows)
+    parameter, ctx.rows, ctx.firsts = inputs
     ctx.num_rows = parameter.shape[0]
 
 
 def _keep_parts_backward(ctx, gradients):
-    rows = [rows_K + first for rows_K, first in zip(ctx.saved_tensors, ctx.firsts, strict=True)]
+    rows = [rows_K + first for rows_K, first in zip(ctx.rows, ctx.firsts, strict=True)]
     return pack_rows(torch.cat(gradients), torch.cat(rows), ctx.num_rows), [None] * len(rows), None
 
 
