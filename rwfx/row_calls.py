@@ -34,6 +34,7 @@ class StepRows:
     """What the calls on one weight need in this step. Of all this ``how`` alone goes into a copy or a file."""
 
     how: tuple[str, str, str]  # mode, dx and grad of rwfx.transform
+    is_running: bool = False  # the forward pass that draws the rows
     rows: Tensor | None = None  # None: the calls are the model's own
     scale: Tensor | None = None
     chosen: Tensor | None = None
@@ -55,7 +56,7 @@ class RowSparse(Derived):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module's own class gives."""
         step = self.step_rows
-        if step.rows is None or not torch.is_grad_enabled():
+        if step.rows is None or not torch.is_grad_enabled() or not (step.is_running or _in_backward()):
             return super().forward(*args, **kwargs)
         call = _call_of(self, *args, **kwargs)
         x = call.x if call.pad is None else F.pad(call.x, *call.pad)
@@ -73,6 +74,11 @@ class RowSparse(Derived):
             more |= {"seen": step.seen[step.calls], "seen_all": step.seen_all}
         step.calls += 1
         return (SPARSE if mode == "sparse" else MASKED)[call.target](*operands, dx, grad, **more)
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass runs: what is called in it belongs to a forward pass that is computed again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _call_of(module: nn.Module, x: Any, output_size: list[int] | None = None) -> Call:

@@ -27,24 +27,37 @@ from rwfx.weight_views import View
 class SubstitutedModule(Transformed, Derived):
     """What ``rwfx.transform`` returns where no graph holds the forward pass; also a module of the model's own class.
 
-    Row sets are drawn at the start of every forward in train mode with gradients; the calls of a step, as many as there
-    are on a weight, share them. Otherwise it is the dense model.
+    Row sets are drawn at the start of every forward in train mode with gradients, once where it calls itself; the calls
+    of a step, as many as there are on a weight, share them. Otherwise it is the dense model, and so are its parts and
+    methods where they are called by themselves. What the backward pass computes again of the forward
+    (``torch.utils.checkpoint``) has the row sets of the last forward with gradients.
     """
 
     _crossed: tuple[tuple[str, View], ...]  # the parameters that the sampler looks at, and as what
     _steps: dict[str, StepRows]  # by weight, in the sampler's order
     _seen: dict[str, list[str]]  # for each use of a weight the buffer that its call is to write; empty: none
     _seen_all: bool
+    _is_running: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives."""
-        self._begin_step()
-        return super().forward(*args, **kwargs)
+        if self._is_running:  # it calls itself
+            return super().forward(*args, **kwargs)
+        self._is_running = True
+        try:
+            self._begin_step()
+            return super().forward(*args, **kwargs)
+        finally:
+            self._is_running = False
+            for step in self._steps.values():
+                step.is_running = False
 
     def _begin_step(self) -> None:
         """Draw row sets, or let every call be the model's own."""
+        if not torch.is_grad_enabled():  # a backward pass of the last step may be to come
+            return
         sampler = self._sampler
-        if not (sampler.kept and self.training and torch.is_grad_enabled()):
+        if not (sampler.kept and self.training):
             for step in self._steps.values():
                 step.rows = None
             return
@@ -56,6 +69,7 @@ class SubstitutedModule(Transformed, Derived):
             step.seen = [self.get_buffer(path) if path else None for path in self._seen[name]]
             step.seen_all = self._seen_all
             step.calls, step.kept = 0, {}
+            step.is_running = True
 
 
 def substitute(
@@ -82,6 +96,7 @@ def substitute(
     crossed = tuple((graph.parameter(name), views.get(name, View())) for name in sampler.crossed)
     substituted = SubstitutedModule.derive(host)
     substituted.__dict__.update(about, _crossed=crossed, _steps=steps, _seen=by_use, _seen_all=seen_all)
+    substituted._is_running = False
     substituted._modules[SAMPLER] = sampler
     return substituted
 

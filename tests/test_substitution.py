@@ -290,3 +290,75 @@ def test_the_trainer_takes_it():
     )
     assert len(trainer.fit(data)) == 2
     assert trainer.network.report.route == "substitution"
+
+
+class Middle(nn.Module):
+    """Three layers and a branch on values; tests replace how the second layer is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 5)
+
+    def middle(self, h):
+        return self.b(h)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.c(torch.tanh(self.middle(h))) if x[0, 0] > 0 else h
+
+
+def rows_of(grad):
+    return to_dense(grad).flatten(1).any(1).nonzero().flatten()
+
+
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_part_that_is_called_by_itself_after_a_step_is_dense(train, grad):
+    model = Middle().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34), grad=grad)
+    gradients(sparse, ONCE)
+    h = torch.rand(3, 9).double()
+    assert_close(gradients(sparse.train(train).b, h), gradients(model.train(train).b, h), rtol=0, atol=0)
+    model.zero_grad()
+    loss(sparse.middle(h)).backward()
+    assert len(rows_of(model.b.weight.grad)) == 9
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_forward_without_gradients_leaves_what_is_computed_again_its_rows(reentrant):
+    class Checkpointed(Middle):
+        def middle(self, h):
+            return torch.utils.checkpoint.checkpoint(self.b, h, use_reentrant=reentrant)
+
+    model = Checkpointed().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34))
+    y = sparse(ONCE)
+    with torch.no_grad():
+        sparse.eval()(ONCE)
+        sparse.train()(ONCE)
+    loss(y).backward()
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+
+
+def test_a_forward_that_calls_itself_is_one_step():
+    class Recursive(Middle):
+        def forward(self, x, depth=0):
+            h = torch.tanh(self.b(F.relu(self.a(x)) if depth == 0 else x))
+            return self(h, depth + 1) if depth < 2 and h.abs().sum() > 0 else self.c(h)
+
+    model = Recursive().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34))
+    gradients(sparse, ONCE)
+    assert sparse.sampler_state()["state"][1] == 1
+    for name, rows in sparse.rows.items():
+        assert set(rows_of(model.get_parameter(name).grad).tolist()) <= set(rows.tolist())
+
+
+def test_after_a_forward_that_fails_the_next_one_is_a_step():
+    model = Middle().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34))
+    with pytest.raises(RuntimeError, match="shapes"):
+        sparse(ONCE[:, :4])
+    gradients(sparse, ONCE)
+    assert sparse.sampler_state()["state"][1] == 2
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
