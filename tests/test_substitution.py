@@ -362,3 +362,31 @@ def test_after_a_forward_that_fails_the_next_one_is_a_step():
     gradients(sparse, ONCE)
     assert sparse.sampler_state()["state"][1] == 2
     assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+
+
+class Projecting(nn.Linear):
+    def project(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+OTHER_CALLS = {
+    "another method": lambda b, h: b.project(h),
+    "the forward of its base": lambda b, h: nn.Linear.forward(b, h),
+    "a method of the base": lambda b, h: nn.Conv1d._conv_forward(b, h[..., None], b.weight, b.bias)[..., 0],
+    "a hook": lambda b, h: b(h),  # which is put on it below
+}
+
+
+@pytest.mark.parametrize("how", OTHER_CALLS)
+def test_a_weight_read_by_another_call_than_its_module_s_forward_is_reported_dense(how):
+    class Reading(Middle):
+        def middle(self, h):
+            return OTHER_CALLS[how](self.b, h)
+
+    model = Reading()
+    model.b = nn.Conv1d(9, 9, 1) if how == "a method of the base" else Projecting(9, 9)
+    if how == "a hook":
+        model.b.register_forward_hook(lambda b, args, y: y + F.linear(args[0], b.weight))
+    sparse = transformed(model.double(), num_paths=3)
+    assert set(sparse.report.sparse) == {"a.weight", "c.weight"}
+    assert sparse.report.dense["b.weight"].startswith(f"it is read outside of its module's forward, at {__file__}:")
