@@ -390,3 +390,52 @@ def test_a_weight_read_by_another_call_than_its_module_s_forward_is_reported_den
     sparse = transformed(model.double(), num_paths=3)
     assert set(sparse.report.sparse) == {"a.weight", "c.weight"}
     assert sparse.report.dense["b.weight"].startswith(f"it is read outside of its module's forward, at {__file__}:")
+
+
+def test_attributes_and_methods_of_the_model_are_not_overwritten():
+    class Named(Middle):
+        def __init__(self):
+            super().__init__()
+            self._steps, self._seen, self._is_running = 2, {}, True
+            self.b.step_rows = self.b.bias_name = 3.0
+
+        def derive(self, h):
+            return h * self.b.step_rows * self._steps
+
+        def _begin_step(self):
+            self._seen["b"] = 1
+
+        def middle(self, h):
+            self._begin_step()
+            return self.b(self.derive(h))
+
+    model = Named().double()
+    sparse = transformed(model, num_paths=3)
+    gradients(sparse, ONCE)
+    assert torch.equal(sparse(ONCE), model(ONCE))
+    for module in (model, model.b):
+        module._rwfx_step = module._rwfx_steps = 1
+        with pytest.raises(ValueError, match=r"(the model|the module 'b') has an attribute named '_rwfx_step"):
+            transformed(model, num_paths=3)
+        del module._rwfx_step, module._rwfx_steps
+
+
+def test_a_part_takes_its_input_by_name():
+    class Keyword(Middle):
+        def middle(self, h):
+            return self.b(input=h)
+
+    model = Keyword().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34))
+    gradients(sparse, ONCE)
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+
+
+def test_functional_call_gives_the_gradients_of_what_it_is_called_with():
+    pair = [transformed(Middle().double(), rows=rwfx.Magnitude(0.34)) for _ in range(2)]
+    pair[1].load_state_dict(pair[0].state_dict())
+    expected = gradients(pair[0], ONCE)
+    given = {name: p.detach().clone().requires_grad_() for name, p in pair[1].named_parameters()}
+    loss(torch.func.functional_call(pair[1], given, (ONCE,))).backward()
+    assert_close({name: p.grad for name, p in given.items()}, expected)
+    assert all(p.grad is None for p in pair[1].parameters())
