@@ -439,3 +439,35 @@ def test_functional_call_gives_the_gradients_of_what_it_is_called_with():
     loss(torch.func.functional_call(pair[1], given, (ONCE,))).backward()
     assert_close({name: p.grad for name, p in given.items()}, expected)
     assert all(p.grad is None for p in pair[1].parameters())
+
+
+def test_a_model_that_asks_for_the_class_of_its_parts_is_refused():
+    class Asking(Middle):
+        def middle(self, h):
+            return self.b(h) if type(self.b) is nn.Linear else h
+
+    class Setting(Middle):
+        def middle(self, h):
+            self.rows = h
+            return self.b(h)
+
+    with pytest.raises(ValueError, match=r"Asking does not run .* gives other outputs in train mode"):
+        transformed(Asking().double(), num_paths=3)
+    with pytest.raises(ValueError, match=r"Setting does not run .* AttributeError"):
+        transformed(Setting().double(), num_paths=3)
+
+
+def test_a_model_whose_outputs_differ_from_call_to_call_is_taken_and_is_left_as_it_was():
+    class Private(Middle):
+        stream = torch.Generator()
+        calls = 0
+
+        def middle(self, h):
+            self.calls += 1
+            return self.b(h) + torch.rand(1, generator=self.stream, dtype=h.dtype)
+
+    model = Private().double()
+    sparse = transformed(model, num_paths=3)
+    assert sparse.calls == model.calls == 0
+    gradients(sparse, ONCE)
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
