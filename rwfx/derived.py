@@ -10,6 +10,9 @@ from torch import nn
 class Derived(nn.Module):
     """A mixin: ``derive`` puts it before the class of a module that is there."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep it from the model's classes, where one may register its subclasses or ask more of them."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         mixin, kind = type(self).__bases__
         return _blank, (mixin, kind), self.__getstate__()

@@ -229,14 +229,14 @@ def _check_substituted(model: nn.Module, result: SubstitutedModule, inputs: Exam
     if inputs is None or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return
     for mode in (True, False):
-        copies = [scratch_copy(of) for of in (model, result, model, model)]
-        for module in copies:
+        theirs, ours, again, and_again = (scratch_copy(of) for of in (model, result, model, model))
+        for module in (theirs, ours, again, and_again):
             set_mode(module, mode)
         try:
-            same = same_outputs(*copies[:2], inputs)
+            same = same_outputs(theirs, ours, inputs)
         except Exception as error:
             raise ValueError(f"{_not_itself(model)}: {first_lines(error)}") from error
-        if not same and same_outputs(*copies[2:], inputs):  # else they differ from call to call anyway
+        if not same and same_outputs(again, and_again, inputs):  # else they differ from call to call anyway
             raise ValueError(f"{_not_itself(model)}: it gives other outputs in {'train' if mode else 'eval'} mode.")
 
 

@@ -471,3 +471,17 @@ def test_a_model_whose_outputs_differ_from_call_to_call_is_taken_and_is_left_as_
     assert sparse.calls == model.calls == 0
     gradients(sparse, ONCE)
     assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+
+
+def test_a_class_that_registers_its_subclasses_sees_no_other_one():
+    class Registering(Middle):
+        names = []
+
+        def __init_subclass__(cls, *, name, **kwargs):
+            super().__init_subclass__(**kwargs)
+            cls.names.append(name)
+
+    class Registered(Registering, name="once"):
+        pass
+
+    assert transformed(Registered().double(), num_paths=3).names == ["once"]
