@@ -2,7 +2,7 @@
 
 import functools
 import types
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -10,15 +10,21 @@ from torch import nn
 class Derived(nn.Module):
     """A mixin: ``derive`` puts it before the class of a module that is there."""
 
-    @classmethod
-    def derive(cls, module: nn.Module) -> Self:
-        """Give ``module`` this class in front of its own, in place."""
-        module.__class__ = _derived(cls, type(module))
-        return module  # type: ignore[return-value]
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep it from the model's classes, where one may register its subclasses or ask more of them."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         mixin, kind = type(self).__bases__
         return _blank, (mixin, kind), self.__getstate__()
+
+
+Kind = TypeVar("Kind", bound=Derived)
+
+
+def derive(mixin: type[Kind], module: nn.Module) -> Kind:
+    """Give ``module`` the class ``mixin`` in front of its own, in place."""
+    module.__class__ = _derived(mixin, type(module))
+    return module  # type: ignore[return-value]
 
 
 @functools.cache

@@ -34,6 +34,7 @@ class StepRows:
     """What the calls on one weight need in this step. Of all this ``how`` alone goes into a copy or a file."""
 
     how: tuple[str, str, str]  # mode, dx and grad of rwfx.transform
+    is_running: bool = False  # the forward pass that draws the rows
     rows: Tensor | None = None  # None: the calls are the model's own
     scale: Tensor | None = None
     chosen: Tensor | None = None
@@ -49,13 +50,13 @@ class StepRows:
 class RowSparse(Derived):
     """A module with a weight, whose calls have a backward on the row set of the step."""
 
-    step_rows: StepRows
-    bias_name: str  # among all those that ``step_rows.kept`` may hold
+    _rwfx_step: StepRows
+    _rwfx_bias: str  # its name among all those that ``StepRows.kept`` may hold
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module's own class gives."""
-        step = self.step_rows
-        if step.rows is None or not torch.is_grad_enabled():
+        step = self._rwfx_step
+        if step.rows is None or not torch.is_grad_enabled() or not (step.is_running or _in_backward()):
             return super().forward(*args, **kwargs)
         call = _call_of(self, *args, **kwargs)
         x = call.x if call.pad is None else F.pad(call.x, *call.pad)
@@ -68,25 +69,30 @@ class RowSparse(Derived):
             more["chosen"] = step.chosen
         elif grad == "rows":
             more["kept_weight"] = _kept(step, "weight", call.weight)
-            more["kept_bias"] = None if call.bias is None else _kept(step, self.bias_name, call.bias)
+            more["kept_bias"] = None if call.bias is None else _kept(step, self._rwfx_bias, call.bias)
         if step.calls < len(step.seen) and step.seen[step.calls] is not None:
             more |= {"seen": step.seen[step.calls], "seen_all": step.seen_all}
         step.calls += 1
         return (SPARSE if mode == "sparse" else MASKED)[call.target](*operands, dx, grad, **more)
 
 
-def _call_of(module: nn.Module, x: Any, output_size: list[int] | None = None) -> Call:
+def _in_backward() -> bool:
+    """Whether a backward pass runs: what is called in it belongs to a forward pass that is computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _call_of(module: nn.Module, input: Any, output_size: list[int] | None = None) -> Call:
     """What the module's own forward calls; ``output_size`` is of transposed convolutions."""
     target = next(target for target, (kind, _) in KINDS.items() if isinstance(module, kind))
     if target is F.linear:
-        return Call(target, x, module.weight, module.bias)
-    call = call_of_module(target, module, x, module.weight, module.bias)
+        return Call(target, input, module.weight, module.bias)
+    call = call_of_module(target, module, input, module.weight, module.bias)
     assert call is not None  # the options of a module are numbers
     if output_size is None:
         return call
     stride, padding, _, groups, dilation = call.options
     transposed: Any = module
-    added = transposed._output_padding(x, output_size, stride, padding, module.kernel_size, len(stride), dilation)
+    added = transposed._output_padding(input, output_size, stride, padding, module.kernel_size, len(stride), dilation)
     return call._replace(options=(stride, padding, added, groups, dilation))
 
 

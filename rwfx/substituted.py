@@ -6,6 +6,8 @@ them (branches, loops, hooks, draws, assignments) it does as before, on the copy
 """
 
 from collections.abc import Mapping
+from inspect import get_annotations
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.fx import GraphModule
 
 from rwfx.capture import shared_copy
 from rwfx.capture.tape import MODULE, PLACE
-from rwfx.derived import Derived
+from rwfx.derived import Derived, derive
 from rwfx.draws import TopKSampler
 from rwfx.passes.sample_rows import SAMPLER, observed
 from rwfx.row_calls import RowSparse, StepRows, can_be_row_sparse
@@ -27,35 +29,50 @@ from rwfx.weight_views import View
 class SubstitutedModule(Transformed, Derived):
     """What ``rwfx.transform`` returns where no graph holds the forward pass; also a module of the model's own class.
 
-    Row sets are drawn at the start of every forward in train mode with gradients; the calls of a step, as many as there
-    are on a weight, share them. Otherwise it is the dense model.
+    Row sets are drawn at the start of every forward in train mode with gradients, once where it calls itself; the calls
+    of a step, as many as there are on a weight, share them. Otherwise it is the dense model, and so are its parts and
+    methods where they are called by themselves. What the backward pass computes again of the forward
+    (``torch.utils.checkpoint``) has the row sets of the last forward with gradients.
     """
 
-    _crossed: tuple[tuple[str, View], ...]  # the parameters that the sampler looks at, and as what
-    _steps: dict[str, StepRows]  # by weight, in the sampler's order
-    _seen: dict[str, list[str]]  # for each use of a weight the buffer that its call is to write; empty: none
-    _seen_all: bool
+    _rwfx_crossed: tuple[tuple[str, View], ...]  # the parameters that the sampler looks at, and as what
+    _rwfx_steps: dict[str, StepRows]  # by weight, in the sampler's order
+    _rwfx_seen: dict[str, list[str]]  # for each use of a weight the buffer that its call is to write; empty: none
+    _rwfx_seen_all: bool
+    _rwfx_is_running: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives."""
-        self._begin_step()
-        return super().forward(*args, **kwargs)
+        if self._rwfx_is_running:  # it calls itself
+            return super().forward(*args, **kwargs)
+        self._rwfx_is_running = True
+        try:
+            self._rwfx_begin_step()
+            return super().forward(*args, **kwargs)
+        finally:
+            self._rwfx_is_running = False
+            for step in self._rwfx_steps.values():
+                step.is_running = False
 
-    def _begin_step(self) -> None:
+    def _rwfx_begin_step(self) -> None:
         """Draw row sets, or let every call be the model's own."""
+        if not torch.is_grad_enabled():  # a backward pass of the last step may be to come
+            return
         sampler = self._sampler
-        if not (sampler.kept and self.training and torch.is_grad_enabled()):
-            for step in self._steps.values():
+        if not (sampler.kept and self.training):
+            for step in self._rwfx_steps.values():
                 step.rows = None
             return
-        drawn = sampler(*[view.of(self.get_parameter(name)) for name, view in self._crossed])
-        for k, (name, step) in enumerate(self._steps.items()):
+        # Not by get_parameter: torch.func.functional_call puts plain tensors in their places.
+        drawn = sampler(*[view.of(attrgetter(name)(self)) for name, view in self._rwfx_crossed])
+        for k, (name, step) in enumerate(self._rwfx_steps.items()):
             step.rows = drawn[k]
-            step.scale = drawn[len(self._steps) + k] if sampler.unbiased else None
+            step.scale = drawn[len(self._rwfx_steps) + k] if sampler.unbiased else None
             step.chosen = sampler.chosen.get_buffer(str(k)) if isinstance(sampler, TopKSampler) else None
-            step.seen = [self.get_buffer(path) if path else None for path in self._seen[name]]
-            step.seen_all = self._seen_all
+            step.seen = [self.get_buffer(path) if path else None for path in self._rwfx_seen[name]]
+            step.seen_all = self._rwfx_seen_all
             step.calls, step.kept = 0, {}
+            step.is_running = True
 
 
 def substitute(
@@ -66,22 +83,24 @@ def substitute(
     ``how``: mode, dx and grad, as of ``rwfx.transform``.
 
     Raises:
-        ValueError: the model has an attribute by the name of one that a transformed model has.
+        ValueError: the model or a part of it has an attribute by the name of one that it is to have.
     """
-    _check_attributes(model)
+    _check_attributes(model, SubstitutedModule, "the model", SAMPLER)
     host = shared_copy(model)
     steps = {name: StepRows(how) for name in sampler.kept}
     of_weight = {id(host.get_parameter(name)): step for name, step in steps.items()}
     for path, module in list(host.named_modules()):
         step = of_weight.get(id(module._parameters.get("weight")))
         if step is not None and can_be_row_sparse(module):
-            RowSparse.derive(module).__dict__.update(step_rows=step, bias_name=f"{path}.bias")
+            _check_attributes(module, RowSparse, f"the module {path!r}")
+            derive(RowSparse, module).__dict__.update(_rwfx_step=step, _rwfx_bias=f"{path}.bias")
     seen, seen_all = observed(sampler)
     by_use = {name: [seen.get(use.node, "") for use in graph.uses if use.weight == name] for name in steps}
     views = {name: of.view for name, of in graph.weights.items()}
     crossed = tuple((graph.parameter(name), views.get(name, View())) for name in sampler.crossed)
-    substituted = SubstitutedModule.derive(host)
-    substituted.__dict__.update(about, _crossed=crossed, _steps=steps, _seen=by_use, _seen_all=seen_all)
+    substituted = derive(SubstitutedModule, host)
+    substituted.__dict__.update(about, _rwfx_crossed=crossed, _rwfx_steps=steps, _rwfx_is_running=False)
+    substituted.__dict__.update(_rwfx_seen=by_use, _rwfx_seen_all=seen_all)
     substituted._modules[SAMPLER] = sampler
     return substituted
 
@@ -104,10 +123,12 @@ def read_elsewhere(gm: GraphModule, graph: WeightGraph, host: nn.Module) -> dict
     return found
 
 
-def _check_attributes(model: nn.Module) -> None:
-    for name in (*vars(Transformed), *Transformed.__annotations__, SAMPLER):
-        if hasattr(model, name) and not hasattr(nn.Module, name):
+def _check_attributes(module: nn.Module, mixin: type[nn.Module], which: str, *parts: str) -> None:
+    bases = [base for base in mixin.__mro__ if base not in nn.Module.__mro__]
+    added = [name for base in bases for name in (*vars(base), *get_annotations(base))]
+    for name in (*added, *parts):
+        if hasattr(module, name) and not hasattr(nn.Module, name):
             raise ValueError(
-                f"the model has an attribute named {name!r}, which every transformed model has. Rename it, or put the "
-                "model into a module of its own."
+                f"{which} has an attribute named {name!r}, which it would have anew once it is transformed. Rename it, "
+                "or put the module into one of its own."
             )

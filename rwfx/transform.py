@@ -15,6 +15,8 @@ from torch.fx import GraphModule
 from rwfx import native
 from rwfx.break_even import CostModel
 from rwfx.capture import Capture, ExampleInputs, capture, same_outputs, shared_copy, tape
+from rwfx.capture.host import scratch_copy, set_mode
+from rwfx.capture.route import first_lines
 from rwfx.choose import densities_of, left_out, lines_of, weigh, with_expected, with_followers, with_sources
 from rwfx.draws import sampler_of
 from rwfx.example_sampler import ExampleSampler
@@ -201,7 +203,9 @@ def transform_captured(model: nn.Module, captured: Capture, options: Options) ->
         "notes": (*graph.notes, *captured.notes, *sampler.notes, *example_notes),
     }
     if substituted:
-        return substitute(model, sampler, graph, (mode, dx, grad), **about)
+        result = substitute(model, sampler, graph, (mode, dx, grad), **about)
+        _check_substituted(model, result, captured.inputs)
+        return result
     sparse_model = SparseModule.over(captured.host, sparse_gm.graph, captured.eval, **about)
     sparse_model._modules[SAMPLER] = sampler
     if of_examples is not None:
@@ -226,6 +230,30 @@ def _check_replay(model: nn.Module, sparse_model: SparseModule, inputs: ExampleI
             f"the captured graph of {type(model).__name__} gives other outputs than the model on example_inputs, so "
             "its forward pass does something that tracing froze (a branch or a number computed in Python)."
         )
+
+
+def _check_substituted(model: nn.Module, result: SubstitutedModule, inputs: ExampleInputs | None) -> None:
+    """The same, on copies: their forward pass may assign what it likes."""
+    if inputs is None or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return
+    for mode in (True, False):
+        theirs, ours, again, and_again = (scratch_copy(of) for of in (model, result, model, model))
+        for module in (theirs, ours, again, and_again):
+            set_mode(module, mode)
+        try:
+            same = same_outputs(theirs, ours, inputs)
+        except Exception as error:
+            raise ValueError(f"{_not_itself(model)}: {first_lines(error)}") from error
+        if not same and same_outputs(again, and_again, inputs):  # else they differ from call to call anyway
+            raise ValueError(f"{_not_itself(model)}: it gives other outputs in {'train' if mode else 'eval'} mode.")
+
+
+def _not_itself(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__} does not run on example_inputs as it did before its linear layers and convolutions "
+        "became row-sparse, which gives it and them classes derived from their own (a forward pass must not ask for "
+        "`type(module) is nn.Linear`: ask for isinstance)"
+    )
 
 
 def _followed(

@@ -290,3 +290,198 @@ def test_the_trainer_takes_it():
     )
     assert len(trainer.fit(data)) == 2
     assert trainer.network.report.route == "substitution"
+
+
+class Middle(nn.Module):
+    """Three layers and a branch on values; tests replace how the second layer is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 5)
+
+    def middle(self, h):
+        return self.b(h)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.c(torch.tanh(self.middle(h))) if x[0, 0] > 0 else h
+
+
+def rows_of(grad):
+    return to_dense(grad).flatten(1).any(1).nonzero().flatten()
+
+
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_part_that_is_called_by_itself_after_a_step_is_dense(train, grad):
+    model = Middle().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34), grad=grad)
+    gradients(sparse, ONCE)
+    h = torch.rand(3, 9).double()
+    assert_close(gradients(sparse.train(train).b, h), gradients(model.train(train).b, h), rtol=0, atol=0)
+    model.zero_grad()
+    loss(sparse.middle(h)).backward()
+    assert len(rows_of(model.b.weight.grad)) == 9
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_forward_without_gradients_leaves_what_is_computed_again_its_rows(reentrant):
+    class Checkpointed(Middle):
+        def middle(self, h):
+            return torch.utils.checkpoint.checkpoint(self.b, h, use_reentrant=reentrant)
+
+    model = Checkpointed().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34))
+    y = sparse(ONCE)
+    with torch.no_grad():
+        sparse.eval()(ONCE)
+        sparse.train()(ONCE)
+    loss(y).backward()
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+
+
+def test_a_forward_that_calls_itself_is_one_step():
+    class Recursive(Middle):
+        def forward(self, x, depth=0):
+            h = torch.tanh(self.b(F.relu(self.a(x)) if depth == 0 else x))
+            return self(h, depth + 1) if depth < 2 and h.abs().sum() > 0 else self.c(h)
+
+    model = Recursive().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34))
+    gradients(sparse, ONCE)
+    assert sparse.sampler_state()["state"][1] == 1
+    for name, rows in sparse.rows.items():
+        assert set(rows_of(model.get_parameter(name).grad).tolist()) <= set(rows.tolist())
+
+
+def test_after_a_forward_that_fails_the_next_one_is_a_step():
+    model = Middle().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34))
+    with pytest.raises(RuntimeError, match="shapes"):
+        sparse(ONCE[:, :4])
+    gradients(sparse, ONCE)
+    assert sparse.sampler_state()["state"][1] == 2
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+
+
+class Projecting(nn.Linear):
+    def project(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+OTHER_CALLS = {
+    "another method": lambda b, h: b.project(h),
+    "the forward of its base": lambda b, h: nn.Linear.forward(b, h),
+    "a method of the base": lambda b, h: nn.Conv1d._conv_forward(b, h[..., None], b.weight, b.bias)[..., 0],
+    "a hook": lambda b, h: b(h),  # which is put on it below
+}
+
+
+@pytest.mark.parametrize("how", OTHER_CALLS)
+def test_a_weight_read_by_another_call_than_its_module_s_forward_is_reported_dense(how):
+    class Reading(Middle):
+        def middle(self, h):
+            return OTHER_CALLS[how](self.b, h)
+
+    model = Reading()
+    model.b = nn.Conv1d(9, 9, 1) if how == "a method of the base" else Projecting(9, 9)
+    if how == "a hook":
+        model.b.register_forward_hook(lambda b, args, y: y + F.linear(args[0], b.weight))
+    sparse = transformed(model.double(), num_paths=3)
+    assert set(sparse.report.sparse) == {"a.weight", "c.weight"}
+    assert sparse.report.dense["b.weight"].startswith(f"it is read outside of its module's forward, at {__file__}:")
+
+
+def test_attributes_and_methods_of_the_model_are_not_overwritten():
+    class Named(Middle):
+        def __init__(self):
+            super().__init__()
+            self._steps, self._seen, self._is_running = 2, {}, True
+            self.b.step_rows = self.b.bias_name = 3.0
+
+        def derive(self, h):
+            return h * self.b.step_rows * self._steps
+
+        def _begin_step(self):
+            self._seen["b"] = 1
+
+        def middle(self, h):
+            self._begin_step()
+            return self.b(self.derive(h))
+
+    model = Named().double()
+    sparse = transformed(model, num_paths=3)
+    gradients(sparse, ONCE)
+    assert torch.equal(sparse(ONCE), model(ONCE))
+    for module in (model, model.b):
+        module._rwfx_step = module._rwfx_steps = 1
+        with pytest.raises(ValueError, match=r"(the model|the module 'b') has an attribute named '_rwfx_step"):
+            transformed(model, num_paths=3)
+        del module._rwfx_step, module._rwfx_steps
+
+
+def test_a_part_takes_its_input_by_name():
+    class Keyword(Middle):
+        def middle(self, h):
+            return self.b(input=h)
+
+    model = Keyword().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34))
+    gradients(sparse, ONCE)
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+
+
+def test_functional_call_gives_the_gradients_of_what_it_is_called_with():
+    pair = [transformed(Middle().double(), rows=rwfx.Magnitude(0.34)) for _ in range(2)]
+    pair[1].load_state_dict(pair[0].state_dict())
+    expected = gradients(pair[0], ONCE)
+    given = {name: p.detach().clone().requires_grad_() for name, p in pair[1].named_parameters()}
+    loss(torch.func.functional_call(pair[1], given, (ONCE,))).backward()
+    assert_close({name: p.grad for name, p in given.items()}, expected)
+    assert all(p.grad is None for p in pair[1].parameters())
+
+
+def test_a_model_that_asks_for_the_class_of_its_parts_is_refused():
+    class Asking(Middle):
+        def middle(self, h):
+            return self.b(h) if type(self.b) is nn.Linear else h
+
+    class Setting(Middle):
+        def middle(self, h):
+            self.rows = h
+            return self.b(h)
+
+    with pytest.raises(ValueError, match=r"Asking does not run .* gives other outputs in train mode"):
+        transformed(Asking().double(), num_paths=3)
+    with pytest.raises(ValueError, match=r"Setting does not run .* AttributeError"):
+        transformed(Setting().double(), num_paths=3)
+
+
+def test_a_model_whose_outputs_differ_from_call_to_call_is_taken_and_is_left_as_it_was():
+    class Private(Middle):
+        stream = torch.Generator()
+        calls = 0
+
+        def middle(self, h):
+            self.calls += 1
+            return self.b(h) + torch.rand(1, generator=self.stream, dtype=h.dtype)
+
+    model = Private().double()
+    sparse = transformed(model, num_paths=3)
+    assert sparse.calls == model.calls == 0
+    gradients(sparse, ONCE)
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+
+
+def test_a_class_that_registers_its_subclasses_sees_no_other_one():
+    class Registering(Middle):
+        names = []
+
+        def __init_subclass__(cls, *, name, **kwargs):
+            super().__init_subclass__(**kwargs)
+            cls.names.append(name)
+
+    class Registered(Registering, name="once"):
+        pass
+
+    assert transformed(Registered().double(), num_paths=3).names == ["once"]

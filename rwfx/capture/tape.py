@@ -5,14 +5,16 @@ mode. It is good for finding the weight graph and not for running: sizes, indice
 example, and what no parameter has part in (inputs, masks, indices) is a constant. Each call has in its ``meta``
 
 ``shape``    the shape of its value, where that is a tensor;
-``module``   the path of the module whose method made the call;
-``place``    the line that did, or that called that module, where the module is one of PyTorch's.
+``module``   the path of the module whose ``forward`` made the call, where that was looked up on the module itself and
+             so is one that a class derived from the module's replaces: not that of a base class, called as a function;
+``place``    the line that made the call, or that called a function of PyTorch's which did.
 """
 
 import operator
 import sys
 from collections.abc import Callable, Iterable
-from types import EllipsisType
+from functools import wraps
+from types import EllipsisType, FrameType
 from typing import Any
 
 import numpy as np
@@ -61,7 +63,10 @@ class Tape(TorchFunctionMode):
         self.graph = fx.Graph()
         self.constants = constants
         self.parameters = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.forwards: list[str] = []  # the modules whose forward runs
+        for path, module in model.named_modules():
+            if module is not model:
+                self._mark(path, module)
         self.nodes = WeakIdKeyDictionary()  # of the tensors that were read or computed and are still there
         self.computed = WeakIdKeyDictionary()  # those of them that parameters have part in
 
@@ -83,6 +88,20 @@ class Tape(TorchFunctionMode):
         self.graph.lint()
         return self.graph
 
+    def _mark(self, path: str, module: nn.Module) -> None:
+        """Note when the forward of ``module``, which is a copy for this run, begins and ends."""
+        forward = module.forward
+
+        @wraps(forward)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            self.forwards.append(path)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.forwards.pop()
+
+        module.__dict__["forward"] = marked
+
     def _has_part(self, operands: Any) -> bool:
         """Whether a parameter has part in one of the operands."""
         tensors = (x for x in tree_leaves(operands) if isinstance(x, Tensor))
@@ -91,8 +110,7 @@ class Tape(TorchFunctionMode):
     def _write(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         kind, target, args = _spelled(func, args)
         node = self.graph.create_node(kind, target, *tree_map(self._operand, (args, kwargs)))
-        path, place = self._caller()
-        node.meta = {MODULE: path, PLACE: place}
+        node.meta = {MODULE: self.forwards[-1] if self.forwards else None, PLACE: _caller()}
         for at, part in self._tensors(node, args[0] if func in WRITING else value):
             at.meta[SHAPE] = part.shape
             self.nodes[part], self.computed[part] = at, True
@@ -127,17 +145,6 @@ class Tape(TorchFunctionMode):
         node.meta[SHAPE] = x.shape
         return node
 
-    def _caller(self) -> tuple[str | None, str]:
-        """The path of the module whose method calls now, and the first line outside of PyTorch that led here."""
-        path, frame = None, sys._getframe(1)
-        while frame is not None:
-            if path is None:
-                path = self.paths.get(id(frame.f_locals.get("self")))
-            if not frame.f_code.co_filename.startswith((*PYTORCH, __file__, "<")):
-                return path, f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            frame = frame.f_back
-        return path, "a line that is not known"
-
 
 WRITING = {Tensor.__setitem__}  # what writes to its first operand and gives nothing
 
@@ -162,6 +169,16 @@ def _spelled(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, Any,
     if name.startswith("__") and hasattr(operator, name):
         return "call_function", getattr(operator, name), args
     return "call_method", name, args
+
+
+def _caller() -> str:
+    """The first line outside of PyTorch that led here."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((*PYTORCH, __file__, "<")):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "a line that is not known"
 
 
 def _is_float(x: Any) -> bool:
