@@ -6,6 +6,7 @@ import io
 import pickle
 import random
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -475,7 +476,7 @@ def test_a_model_whose_outputs_differ_from_call_to_call_is_taken_and_is_left_as_
 
 def test_a_class_that_registers_its_subclasses_sees_no_other_one():
     class Registering(Middle):
-        names = []
+        names: ClassVar[list[str]] = []
 
         def __init_subclass__(cls, *, name, **kwargs):
             super().__init_subclass__(**kwargs)
