@@ -534,3 +534,20 @@ def test_what_is_written_through_a_view_is_in_what_is_viewed(write):
         gradients(sparse, ONCE)
     assert set(found[0].report.sparse) == {"a.weight", "b.weight", "c.weight", "d.weight"}
     assert_close(found[0].rows, found[1].rows)
+
+
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+def test_a_weight_that_another_branch_reads_has_all_its_rows_there_and_the_report_says_so(grad):
+    class Elsewhere(Middle):
+        def forward(self, x):
+            h = F.relu(self.a(x))
+            return self.c(torch.tanh(self.b(h) if x[0, 0] > 0 else F.linear(h, self.b.weight)))
+
+    torch.manual_seed(0)
+    model = Elsewhere().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34), grad=grad)
+    assert any("other branches are not looked at" in note for note in sparse.report.notes)
+    gradients(sparse, ONCE)
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+    gradients(sparse, -ONCE)
+    assert len(rows_of(model.b.weight.grad)) == 9

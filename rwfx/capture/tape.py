@@ -31,6 +31,10 @@ from rwfx.capture.structure import leaves_of
 
 NAME = "substitution"
 SHAPE, MODULE, PLACE = "shape", "module", "place"
+OTHER_BRANCHES = (
+    "its weight graph is that of one run, on example_inputs; other branches are not looked at: a weight that one of "
+    "them reads outside of its module's forward has a gradient for all its rows from there"
+)
 
 
 def capture(model: nn.Module, inputs: ExampleInputs) -> Graphs:
@@ -52,7 +56,7 @@ def capture(model: nn.Module, inputs: ExampleInputs) -> Graphs:
         raise CaptureError(
             f"writing down a run on example_inputs fails in {place_of(error, scratch)}: {first_lines(error)}"
         ) from error
-    return Graphs(host, graph, graph, ("its weight graph is that of one run, on example_inputs",))
+    return Graphs(host, graph, graph, (OTHER_BRANCHES,))
 
 
 class Tape(TorchFunctionMode):
