@@ -5,14 +5,12 @@ and whose backward is confined to the row set of the step. All modules that hold
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from rwfx.derived import Derived
 from rwfx.passes.conv_spellings import MODULES, call_of_module
@@ -99,12 +97,5 @@ def _call_of(module: nn.Module, input: Any, output_size: list[int] | None = None
 def _kept(step: StepRows, name: str, parameter: Tensor) -> Tensor:
     """The rows of a parameter, whose gradients of all calls are summed before they become a row gradient."""
     if name not in step.kept:
-        # What this saves for the backward pass is not of the part of the forward that happens to need it first: where
-        # torch.utils.checkpoint computes that again, the rows are there.
-        with nullcontext() if torch.compiler.is_compiling() else saved_tensors_hooks(_same, _same):
-            step.kept[name] = torch.ops.rwfx.keep_rows.default(parameter, step.rows)
+        step.kept[name] = torch.ops.rwfx.keep_rows.default(parameter, step.rows)
     return step.kept[name]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

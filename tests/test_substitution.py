@@ -6,7 +6,6 @@ import io
 import pickle
 import random
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -475,14 +474,80 @@ def test_a_model_whose_outputs_differ_from_call_to_call_is_taken_and_is_left_as_
 
 
 def test_a_class_that_registers_its_subclasses_sees_no_other_one():
-    class Registering(Middle):
-        names: ClassVar[list[str]] = []
+    names = []
 
+    class Registering(Middle):
         def __init_subclass__(cls, *, name, **kwargs):
             super().__init_subclass__(**kwargs)
-            cls.names.append(name)
+            names.append(name)
 
     class Registered(Registering, name="once"):
         pass
 
-    assert transformed(Registered().double(), num_paths=3).names == ["once"]
+    transformed(Registered().double(), num_paths=3)
+    assert names == ["once"]
+
+
+def write_to_slices(out, first, second):
+    out[:, :9].zero_().add_(first)
+    out[:, 9:].copy_(second)
+    return out
+
+
+def write_to_views_of_views(out, first, second):
+    rows = out.mT[:9]
+    rows.mul_(0)
+    rows.mT.copy_(first)
+    out.view(-1, 14)[:, 9:] = second
+    return out
+
+
+def write_before_a_view_is_read(out, first, second):
+    whole = out.narrow(1, 0, 14)
+    out[:, :9] += first
+    out.narrow(1, 9, 5).copy_(second)
+    return whole
+
+
+@pytest.mark.parametrize("write", [write_to_slices, write_to_views_of_views, write_before_a_view_is_read])
+def test_what_is_written_through_a_view_is_in_what_is_viewed(write):
+    class Writing(Middle):
+        def __init__(self):
+            super().__init__()
+            self.d = nn.Linear(14, 3)
+
+        def forward(self, x):
+            out = torch.zeros(len(x), 14, dtype=x.dtype)
+            h = F.relu(self.a(x))
+            return self.d(write(out, self.b(h), self.c(h) if x[0, 0] > 0 else h[:, :5]))
+
+    class Functional(Writing):
+        def forward(self, x):
+            h = F.relu(self.a(x))
+            return self.d(torch.cat([self.b(h), self.c(h) if x[0, 0] > 0 else h[:, :5]], 1))
+
+    torch.manual_seed(0)
+    pair = [Writing().double(), Functional().double()]
+    pair[1].load_state_dict(pair[0].state_dict())
+    found = [transformed(model, num_paths=3) for model in pair]
+    for sparse in found:
+        gradients(sparse, ONCE)
+    assert set(found[0].report.sparse) == {"a.weight", "b.weight", "c.weight", "d.weight"}
+    assert_close(found[0].rows, found[1].rows)
+
+
+@pytest.mark.parametrize("grad", ["dense", "rows"])
+def test_a_weight_that_another_branch_reads_has_all_its_rows_there_and_the_report_says_so(grad):
+    class Elsewhere(Middle):
+        def forward(self, x):
+            h = F.relu(self.a(x))
+            return self.c(torch.tanh(self.b(h) if x[0, 0] > 0 else F.linear(h, self.b.weight)))
+
+    torch.manual_seed(0)
+    model = Elsewhere().double()
+    sparse = transformed(model, rows=rwfx.Uniform(0.34), grad=grad)
+    assert any("other branches are not looked at" in note for note in sparse.report.notes)
+    gradients(sparse, ONCE)
+    assert set(rows_of(model.b.weight.grad).tolist()) <= set(sparse.rows["b.weight"].tolist())
+    gradients(sparse, -ONCE)
+    assert len(rows_of(model.b.weight.grad)) == 9

@@ -31,6 +31,10 @@ from rwfx.capture.structure import leaves_of
 
 NAME = "substitution"
 SHAPE, MODULE, PLACE = "shape", "module", "place"
+OTHER_BRANCHES = (
+    "its weight graph is that of one run, on example_inputs; other branches are not looked at: a weight that one of "
+    "them reads outside of its module's forward has a gradient for all its rows from there"
+)
 
 
 def capture(model: nn.Module, inputs: ExampleInputs) -> Graphs:
@@ -52,7 +56,7 @@ def capture(model: nn.Module, inputs: ExampleInputs) -> Graphs:
         raise CaptureError(
             f"writing down a run on example_inputs fails in {place_of(error, scratch)}: {first_lines(error)}"
         ) from error
-    return Graphs(host, graph, graph, ("its weight graph is that of one run, on example_inputs",))
+    return Graphs(host, graph, graph, (OTHER_BRANCHES,))
 
 
 class Tape(TorchFunctionMode):
@@ -69,6 +73,7 @@ class Tape(TorchFunctionMode):
                 self._mark(path, module)
         self.nodes = WeakIdKeyDictionary()  # of the tensors that were read or computed and are still there
         self.computed = WeakIdKeyDictionary()  # those of them that parameters have part in
+        self.views = WeakIdKeyDictionary()  # how those were made that may yet be written through
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -78,12 +83,14 @@ class Tape(TorchFunctionMode):
         value = func(*args, **kwargs)
         if (func in WRITING or any(map(_is_float, tree_leaves(value)))) and self._has_part((args, kwargs)):
             self._write(func, args, kwargs, value)
+        elif _is_float(value) and value._base is not None and value not in self.nodes and value not in self.views:
+            self.views[value] = func, args, kwargs
         return value
 
     def finish(self, output: Any) -> fx.Graph:
         """What was written down, giving out the tensors of ``output`` that parameters have part in."""
         leaves = [leaf for _, part in leaves_of(output) for leaf in tree_leaves(part)]
-        given = [self.nodes[x] for x in leaves if isinstance(x, Tensor) and self._has_part(x)]
+        given = [self._operand(x) for x in leaves if isinstance(x, Tensor) and self._has_part(x)]
         self.graph.output(tuple(dict.fromkeys(given)))
         self.graph.lint()
         return self.graph
@@ -105,7 +112,9 @@ class Tape(TorchFunctionMode):
     def _has_part(self, operands: Any) -> bool:
         """Whether a parameter has part in one of the operands."""
         tensors = (x for x in tree_leaves(operands) if isinstance(x, Tensor))
-        return any(id(x) in self.parameters or x in self.computed for x in tensors)
+        return any(
+            id(y) in self.parameters or y in self.computed for x in tensors for y in (x, x._base) if y is not None
+        )
 
     def _write(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         kind, target, args = _spelled(func, args)
@@ -114,6 +123,10 @@ class Tape(TorchFunctionMode):
         for at, part in self._tensors(node, args[0] if func in WRITING else value):
             at.meta[SHAPE] = part.shape
             self.nodes[part], self.computed[part] = at, True
+        # What is written into a view is in what it is a view of.
+        written = args[0] if func in WRITING or (args and value is args[0]) else None
+        if isinstance(written, Tensor) and written._base is not None:
+            self.computed[written._base] = True
 
     def _tensors(self, node: fx.Node, value: Any) -> Iterable[tuple[fx.Node, Tensor]]:
         """The tensors in the value of a call, each with its node."""
@@ -127,13 +140,20 @@ class Tape(TorchFunctionMode):
         """An argument as a graph holds it."""
         if isinstance(x, Tensor):
             if x not in self.nodes:
-                self.nodes[x] = self._read(x)
+                self.nodes[x] = self._view(x) if x in self.views else self._read(x)
             return self.nodes[x]
         if isinstance(x, slice):
             return slice(*(self._operand(part) for part in (x.start, x.stop, x.step)))
         if isinstance(x, (*PLAIN, torch.layout, torch.memory_format, EllipsisType)):
             return x
         return x.item() if isinstance(x, np.generic) else None  # a generator, say, which labels have no use for
+
+    def _view(self, x: Tensor) -> fx.Node:
+        func, args, kwargs = self.views[x]
+        kind, target, args = _spelled(func, args)
+        node = self.graph.create_node(kind, target, *tree_map(self._operand, (args, kwargs)))
+        node.meta[SHAPE] = x.shape
+        return node
 
     def _read(self, x: Tensor) -> fx.Node:
         path = self.parameters.get(id(x))
