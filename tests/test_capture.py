@@ -355,3 +355,29 @@ def test_a_vector_as_the_weight_of_a_linear_call_is_left_alone():
     sparse = rwfx.transform(model)
     x = torch.randn(5, 6)
     assert_close(sparse(x), model(x), rtol=0, atol=0)
+
+
+class Chosen(nn.Module):
+    """Its forward is a method that was put in its place."""
+
+    def __init__(self, fast):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.forward = self.forward_fast if fast else self.forward_slow
+
+    def forward_fast(self, x):
+        return self.fc(x)
+
+    def forward_slow(self, x):
+        return self.forward_fast(x * 1) if x.shape[0] > 1 else self.fc(x)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_method_that_is_kept_as_an_attribute_reads_the_weights_of_its_copy(fast):
+    model = nn.Sequential(nn.Linear(4, 4), Chosen(fast))
+    x = torch.randn(3, 4)
+    sparse = rwfx.transform(model, rows=rwfx.Uniform({"*": 0.5}), example_inputs=x)
+    assert set(sparse.rows) == {"0.weight", "1.fc.weight"}
+    sparse(x).square().sum().backward()
+    for name, rows in sparse.rows.items():
+        assert torch.equal(model.get_parameter(name).grad.abs().sum(1).nonzero().flatten(), rows)

@@ -8,6 +8,7 @@ originals, so that moving, loading or replacing a tensor in one is seen in the o
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,14 +21,24 @@ from rwfx.capture.structure import leaves_of
 CONSTANTS = "_traced_constants"  # the part of a host that holds the tensors that a graph needs and the model has not
 
 
-def shared_copy(module: nn.Module, _copies: dict[int, nn.Module] | None = None) -> nn.Module:
+def shared_copy(module: nn.Module) -> nn.Module:
     """The same tree of modules, with parameters and buffers shared and everything else its own."""
-    copies = {} if _copies is None else _copies
+    copies: dict[int, nn.Module] = {}
+    copied = _shared_copy(module, copies)
+    for copy in copies.values():
+        for name, value in copy.__dict__.items():
+            # A method that is kept as an attribute (self.forward = self.forward_fast) is the copy's own.
+            if isinstance(value, MethodType) and id(value.__self__) in copies:
+                copy.__dict__[name] = MethodType(value.__func__, copies[id(value.__self__)])
+    return copied
+
+
+def _shared_copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in copies:
         copy = copies[id(module)] = module.__class__.__new__(module.__class__)
         copy.__dict__.update(module.__dict__)
         copy.__dict__["_modules"] = {
-            name: None if child is None else shared_copy(child, copies) for name, child in module._modules.items()
+            name: None if child is None else _shared_copy(child, copies) for name, child in module._modules.items()
         }
     return copies[id(module)]
 
