@@ -14,12 +14,6 @@ def parameter_of(gm: GraphModule, node: Any) -> nn.Parameter | None:
     return gm.get_submodule(owner)._parameters.get(name)
 
 
-def is_parameter(gm: GraphModule, node: Any, dim: int) -> bool:
-    """Whether a node reads a parameter of so many dimensions."""
-    parameter = parameter_of(gm, node)
-    return parameter is not None and parameter.dim() == dim
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` is more than its forward."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -106,11 +107,15 @@ def on_or_off(text: str) -> bool:
 def _add_common(command: argparse.ArgumentParser, walks: bool = True) -> None:
     """Add where to run, and the options of what is run; those of walks only where every contender is one."""
     command.add_argument("--device", default="cpu", help="default: cpu")
-    command.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_process(command)
     for owner, known in {"RandomWalk": WALK_OPTIONS if walks else {}, "transform": TRANSFORM_OPTIONS}.items():
         for name, kind in known.items():
             command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"as in rwfx.{owner}")
+
+
+def _add_process(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _add_lists(command: argparse.ArgumentParser, lists: Lists, plan: Any, every: Sequence[str]) -> None:
@@ -128,12 +133,26 @@ def _given(options: argparse.Namespace, known: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _add_command(
+    commands: argparse._SubParsersAction, name: str, program: ModuleType, about: str
+) -> argparse.ArgumentParser:
+    """A command that tells of itself what ``program`` does."""
+    shape = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=about, description=program.__doc__, formatter_class=shape)
+
+
+def _fields_of(plan: type, options: argparse.Namespace) -> dict[str, Any]:
+    """What was given for the fields of a plan that have an option each."""
+    names = [column.name for column in fields(plan)]
+    return {name: getattr(options, name) for name in names if name != "transform_options"}
+
+
 def _add_accuracy(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
+    command = _add_command(
+        commands,
         "accuracy",
-        help="accuracy against time and parameter updates: FULL, masked, sparse and compute-matched dense",
-        description=accuracy.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        accuracy,
+        "accuracy against time and parameter updates: FULL, masked, sparse and compute-matched dense",
     )
     command.add_argument("--dataset", choices=DATA_SETS, required=True)
     command.add_argument("--num-paths", type=numbers, default=(10, 50, 200), help="default: 10,50,200")
@@ -173,11 +192,11 @@ def _run_accuracy(options: argparse.Namespace) -> None:
 
 
 def _add_speed(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
+    command = _add_command(
+        commands,
         "speed",
-        help="step times, memory, the sampler and building: sparse beside dense, eager and compiled",
-        description=speed.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        speed,
+        "step times, memory, the sampler and building: sparse beside dense, eager and compiled",
     )
     known = "; ".join(f"on {kind} {' '.join(map(str, sizes))}" for kind, sizes in SIZES.items())
     command.add_argument(
@@ -219,11 +238,11 @@ def _run_speed(options: argparse.Namespace) -> None:
 
 
 def _add_policies(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
+    command = _add_command(
+        commands,
         "policies",
-        help="the ways to choose rows: accuracy or loss at equal steps, seconds, FLOPs and updates, beside dense",
-        description=policies.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        policies,
+        "the ways to choose rows: accuracy or loss at equal steps, seconds, FLOPs and updates, beside dense",
     )
     plan = policies_plan.Plan()
     lists: Lists = {
@@ -251,19 +270,19 @@ def _add_policies(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_policies(options: argparse.Namespace) -> None:
-    known = {column.name for column in fields(policies_plan.Plan)} - {"transform_options"}
-    given = {name: getattr(options, name) for name in known}
-    plan = policies_plan.Plan(**given, transform_options=_given(options, TRANSFORM_OPTIONS))
+    plan = policies_plan.Plan(
+        **_fields_of(policies_plan.Plan, options), transform_options=_given(options, TRANSFORM_OPTIONS)
+    )
     run = overhead.run if options.overhead else variance.run if options.variance else policies.run
     run(plan, progress=not options.quiet)
 
 
 def _add_frontier(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
+    command = _add_command(
+        commands,
         "frontier",
-        help="fewer rows and fewer examples in the backward pass: accuracy or loss against seconds and FLOPs",
-        description=frontier.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        frontier,
+        "fewer rows and fewer examples in the backward pass: accuracy or loss against seconds and FLOPs",
     )
     plan = frontier_plan.Plan()
     lists: Lists = {
@@ -288,18 +307,15 @@ def _add_frontier(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_frontier(options: argparse.Namespace) -> None:
-    known = {column.name for column in fields(frontier_plan.Plan)} - {"transform_options"}
-    given = {name: getattr(options, name) for name in known}
-    plan = frontier_plan.Plan(**given, transform_options=_given(options, TRANSFORM_OPTIONS))
+    plan = frontier_plan.Plan(
+        **_fields_of(frontier_plan.Plan, options), transform_options=_given(options, TRANSFORM_OPTIONS)
+    )
     frontier.run(plan, progress=not options.quiet)
 
 
 def _add_zoo(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "zoo",
-        help="models of torchvision, timm and Hugging Face, transformed and compared with themselves",
-        description=zoo.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    command = _add_command(
+        commands, "zoo", zoo, "models of torchvision, timm and Hugging Face, transformed and compared with themselves"
     )
     plan = zoo_plan.Plan()
     lists: Lists = {
@@ -309,12 +325,11 @@ def _add_zoo(commands: argparse._SubParsersAction) -> None:
     _add_lists(command, lists, plan, every=("suites", "models"))
     command.add_argument("--limit", type=float, default=plan.limit, help="seconds for a model (default: 1800)")
     command.add_argument("--again", action="store_true", help="also what is written down with a problem")
-    command.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_process(command)
     command.add_argument("--out", type=Path, default=plan.out, help=f"default: {plan.out}")
     command.set_defaults(run=_run_zoo)
 
 
 def _run_zoo(options: argparse.Namespace) -> None:
-    plan = zoo_plan.Plan(**{column.name: getattr(options, column.name) for column in fields(zoo_plan.Plan)})
+    plan = zoo_plan.Plan(**_fields_of(zoo_plan.Plan, options))
     zoo.run(plan, progress=not options.quiet)
