@@ -16,6 +16,9 @@ from rwfx.examples import AdaptiveExamples, SampledExamples, TopExamples
 from rwfx.history import History
 from rwfx.policies import AdaptiveWalk, LearnedWalk, Magnitude, RandomWalk, TopK, Uniform
 from rwfx.sparse_module import SparseModule
+from rwfx.sparse_weight import SparseWeight
+from rwfx.sparsified import SparsifiedModule
+from rwfx.sparsify import densify, sparsify
 from rwfx.substituted import SubstitutedModule
 from rwfx.train import RandomWalkTrainer
 from rwfx.transform import transform
@@ -35,6 +38,8 @@ __all__ = [
     "RandomWalkTrainer",
     "SampledExamples",
     "SparseModule",
+    "SparseWeight",
+    "SparsifiedModule",
     "SubstitutedModule",
     "TopExamples",
     "TopK",
@@ -42,11 +47,13 @@ __all__ = [
     "Uniform",
     "WeightGraph",
     "backend",
+    "densify",
     "draw",
     "ops",
     "optim",
     "random_walks",
     "schedules",
+    "sparsify",
     "transform",
     "weight_graph",
 ]

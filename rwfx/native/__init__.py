@@ -54,11 +54,15 @@ def ready() -> bool:
     return True
 
 
+def loaded() -> bool:
+    """Whether the kernels are what runs on a CPU."""
+    return wanted() and _library().exists() and ready()
+
+
 def load_if_built() -> None:
     """Load the kernels where an earlier run has compiled them."""
     with suppress(OSError, RuntimeError):  # no home directory, or none that can be read: ready() will say so
-        if wanted() and _library().exists():
-            ready()
+        loaded()
 
 
 def wanted() -> bool:

@@ -11,6 +11,8 @@ from rwfx.ops.magnitude import draw_by_norm
 from rwfx.ops.observe import observe_, record_, top_rows
 from rwfx.ops.remember import remember
 from rwfx.ops.row_gradient import keep_parts, keep_rows, pack_rows, take_rows
+from rwfx.ops.sparse_conv import sparse_conv
+from rwfx.ops.sparse_linear import sparse_linear
 from rwfx.ops.walk import walk
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "remember",
     "row_conv",
     "row_linear",
+    "sparse_conv",
+    "sparse_linear",
     "take_rows",
     "top_rows",
     "walk",

@@ -1,0 +1,82 @@
+"""Non-zeros: where a sparse weight has its numbers, as keys and as the index that products read.
+
+A weight has ``O`` rows and ``I`` columns; a convolution's columns are its input channel and kernel places, flattened.
+A *key* is the place of one number, ``column * O + row``. The keys of a weight are sorted and distinct, so its numbers
+lie column by column, as in ``torch.sparse_csc``: ``dx = W^T g`` and ``dW`` read them as they lie, and ``y = W x`` by
+rows, through an order kept beside.
+
+Axes: N non-zeros, O rows, I columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+LARGEST = 2**31 - 1
+"""Rows, columns and non-zeros are counted in int32."""
+
+
+class Index(NamedTuple):
+    """The same places by columns and by rows, int32."""
+
+    ccol_indices: Tensor  # (I + 1,): the numbers of column i are ccol_indices[i] to ccol_indices[i + 1]
+    row_indices: Tensor  # (N,)
+    crow_indices: Tensor  # (O + 1,)
+    col_indices: Tensor  # (N,), row by row
+    order: Tensor  # (N,): the number at col_indices[n] is number order[n] of the columns
+
+
+def index_of(keys: Tensor, rows: int, columns: int) -> Index:
+    """The index of sorted, distinct keys, ``(N,)`` int64."""
+    col, row = keys // rows, keys % rows
+    order = row.argsort(stable=True)
+    parts = _starts(col, columns), row, _starts(row, rows), col[order], order
+    return Index(*(part.to(torch.int32) for part in parts))
+
+
+def keys_of(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> Tensor:
+    """The keys of an index, ``(N,)`` int64: the inverse of ``index_of``."""
+    counts = ccol_indices.long().diff()
+    col = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(row_indices))
+    return col * rows + row_indices
+
+
+def _starts(sorted_or_not: Tensor, size: int) -> Tensor:
+    """Where each of ``size`` groups starts when the members are sorted by group."""
+    counts = torch.bincount(sorted_or_not, minlength=size)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def check_size(rows: int, columns: int, name: str) -> None:
+    """Refuse a weight that int32 cannot count.
+
+    Raises:
+        ValueError: names it.
+    """
+    if max(rows, columns) > LARGEST:
+        raise ValueError(f"weight {name!r} has {rows} rows and {columns} columns; at most {LARGEST} can be counted.")
+
+
+def draw_keys(rows: int, columns: int, count: int, generator: Generator | None = None) -> Tensor:
+    """``count`` of all ``rows * columns`` places, every set of so many equally likely: G(n, M).
+
+    Takes time and memory in proportion to ``count``: no list of all places, no mask. A place is drawn again where it
+    has been drawn before; a set of more than half is what a smaller set leaves.
+    """
+    places = rows * columns
+    if count > places // 2:
+        left_out = draw_keys(rows, columns, places - count, generator)
+        kept = torch.ones(places, dtype=torch.bool).index_fill_(0, left_out, False)
+        return kept.nonzero().flatten()
+    keys = torch.empty(0, dtype=torch.int64)
+    while len(keys) < count:
+        missing = count - len(keys)
+        # A few more than are missing: drawn places repeat. Those too many are taken out at random, which favours none.
+        more = torch.randint(places, (missing + missing // 8 + 8,), generator=generator)
+        keys = torch.cat([keys, more]).unique()
+    surplus = len(keys) - count
+    if surplus:
+        out = torch.randperm(len(keys), generator=generator)[:surplus]
+        keys = keys[torch.ones(len(keys), dtype=torch.bool).index_fill_(0, out, False)]
+    return keys

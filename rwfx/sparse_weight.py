@@ -1,0 +1,163 @@
+"""A weight of which only the non-zeros are stored, as a module in the place of a parameter.
+
+``model.fc1.weight`` is then a ``SparseWeight``, with the parameter ``model.fc1.weight.values``. It is called with what
+the dense weight's call was given beside it: ``self.fc1.weight(x, self.fc1.bias)``.
+
+Axes: N non-zeros, O rows, I columns (of a convolution, input channel and kernel places flattened).
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwfx.nonzeros import Index, check_size, index_of, keys_of
+from rwfx.ops.sparse_conv import sparse_conv
+from rwfx.ops.sparse_linear import By, dense_weight, sparse_linear
+
+
+class SparseWeight(nn.Module):
+    """The non-zeros of a weight of ``shape``, ``(O, I)`` or ``(O, channels / groups, *kernel)``.
+
+    Attributes:
+        values: the numbers, a parameter, ``(N,)``, column by column. Their gradient is dense, so any optimizer of
+            ``torch.optim`` trains them.
+        ccol_indices, row_indices: buffers, int32, where they are; see ``rwfx.nonzeros``. With ``values`` they are the
+            module's ``state_dict``.
+        crow_indices, col_indices, order: the same by rows, made anew from them wherever they change.
+        shape: of the dense weight.
+        transposed: whether the dense weight's parameter is stored as its transpose, as in ``x @ w``.
+        by: how products are computed; ``rwfx.ops.sparse_linear``.
+
+    Args:
+        keys: ``(N,)`` int64, sorted and distinct, ``column * O + row``.    values: ``(N,)``.
+
+    Raises:
+        ValueError: keys and values do not fit each other or the shape.
+    """
+
+    values: nn.Parameter
+    ccol_indices: Tensor
+    row_indices: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    order: Tensor
+
+    def __init__(
+        self, shape: Sequence[int], keys: Tensor, values: Tensor, transposed: bool = False, by: By = "nonzeros"
+    ) -> None:
+        super().__init__()
+        self.shape = torch.Size(shape)
+        check_size(self.rows, self.columns, "sparse")
+        self._check(keys, values)
+        self.transposed = transposed
+        self.by: By = by
+        self.values = nn.Parameter(values.detach().clone())
+        for name, part in zip(Index._fields, index_of(keys, self.rows, self.columns), strict=True):
+            self.register_buffer(name, part, persistent=name in ("ccol_indices", "row_indices"))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:
+        """The call with the dense weight: ``F.linear(x, W, bias)`` or ``F.conv2d(x, W, bias, *options)``."""
+        if len(self.shape) == 2:
+            return sparse_linear(x, self.values, bias, self.index, self.by)
+        return sparse_conv(x, self.values, bias, self.index, self.shape[2:], *options, by=self.by)
+
+    @property
+    def rows(self) -> int:
+        """O."""
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """I."""
+        return prod(self.shape[1:])
+
+    @property
+    def nnz(self) -> int:
+        """N."""
+        return self.values.shape[0]
+
+    @property
+    def density(self) -> float:
+        """The share of the places that have a number."""
+        return self.nnz / (self.rows * self.columns)
+
+    @property
+    def index(self) -> Index:
+        """Where the numbers are."""
+        return Index(self.ccol_indices, self.row_indices, self.crow_indices, self.col_indices, self.order)
+
+    def keys(self) -> Tensor:
+        """The places as keys, ``(N,)`` int64, sorted."""
+        return keys_of(self.ccol_indices, self.row_indices, self.rows)
+
+    @torch.no_grad()
+    def move_(self, keys: Tensor, values: Tensor) -> None:
+        """Put other numbers at other places, in place: of as many, no tensor is replaced.
+
+        Of another count, the tensors inside of ``values`` and of the buffers are replaced, and ``values`` has no
+        gradient then.
+
+        Raises:
+            ValueError: keys and values do not fit each other or the shape; nothing has changed then.
+        """
+        self._check(keys, values)
+        index = index_of(keys, self.rows, self.columns)
+        if len(values) == self.nnz:
+            self.values.copy_(values)
+            for old, new in zip(self.index, index, strict=True):
+                old.copy_(new)
+        else:
+            self.values.grad = None
+            self.values.data = values.detach().to(self.values)
+            for name, part in zip(Index._fields, index, strict=True):
+                setattr(self, name, part.to(self.values.device))
+
+    def to_dense(self) -> Tensor:
+        """The dense weight, of ``shape``; gradients flow to ``values``."""
+        return dense_weight(self.values, self.ccol_indices, self.row_indices, self.rows).reshape(self.shape)
+
+    def extra_repr(self) -> str:
+        """Its shape and how much of it is stored."""
+        return f"{tuple(self.shape)}, {self.nnz} non-zeros ({self.density:.2%}), by={self.by!r}"
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        if keys.shape != values.shape or keys.dim() != 1 or keys.dtype != torch.int64:
+            raise ValueError(
+                f"keys must be one int64 number for each value, got {keys.dtype} of shape {tuple(keys.shape)} for "
+                f"values of shape {tuple(values.shape)}."
+            )
+        places = self.rows * self.columns
+        if len(keys) and (bool((keys.diff() <= 0).any()) or not 0 <= int(keys[0]) <= int(keys[-1]) < places):
+            raise ValueError(f"keys must be sorted, without repeats, from 0 to below {places} = {tuple(self.shape)}.")
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Take over numbers and places, as many as there are; the index by rows is made anew."""
+        names = "values", "ccol_indices", "row_indices"
+        given = [state_dict.get(prefix + name) for name in names]
+        if any(part is None for part in given):
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+            return
+        unexpected.extend(key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in names)
+        values, ccol_indices, row_indices = given
+        name = prefix.removesuffix(".")
+        if len(ccol_indices) != self.columns + 1:
+            errors.append(
+                f"sparse weight {name!r} has {self.columns} columns ({tuple(self.shape)}), and what is loaded has "
+                f"{len(ccol_indices) - 1}."
+            )
+            return
+        try:
+            if not _is_index(ccol_indices, row_indices, self.rows):
+                raise ValueError(f"its places do not lie in {self.rows} rows and {self.columns} columns.")
+            self.move_(keys_of(ccol_indices, row_indices, self.rows).to(self.values.device), values.to(self.values))
+        except ValueError as error:
+            errors.append(f"sparse weight {name!r} cannot take what is loaded: {error}")
+
+
+def _is_index(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> bool:
+    starts_and_ends = int(ccol_indices[0]) == 0 and int(ccol_indices[-1]) == len(row_indices)
+    in_range = not len(row_indices) or (int(row_indices.min()) >= 0 and int(row_indices.max()) < rows)
+    return starts_and_ends and in_range and bool((ccol_indices.diff() >= 0).all())
