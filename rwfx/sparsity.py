@@ -8,8 +8,8 @@ In: the shapes of the weights and the density of them all together. Out: a numbe
     uniform   proportional to n_in * n_out                  every weight with the density of all
 
 Of a convolution ``er`` counts each place of the kernel as an input, ``n_in = C / groups * kh * kw`` (Heddes et al.
-2024). A weight that would get more than it has places becomes whole, and what is left over is dealt to the others by the same
-rule.
+2024). A weight that would get more than it has places becomes whole, and what is left over is dealt to the others by
+the same rule.
 """
 
 from collections.abc import Callable, Mapping, Sequence
