@@ -19,6 +19,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 
 namespace rwfx {
 namespace {
@@ -43,9 +44,9 @@ void check_operands(int64_t features, int64_t columns, const Tensor& values, con
       "values has the shape ", values.sizes(), " for ", row.numel(), " places of the index.");
 }
 
-at::ScalarType sum_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+// What numbers of a type are added up in.
+template <class S>
+using Sum = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 Tensor as_numbers(const Tensor& t, at::ScalarType type) {
   return t.to(type).contiguous();
@@ -100,34 +101,19 @@ Plan conv_plan(const Tensor& x, int64_t rows, const Options& o) {
   return plan;
 }
 
-// ---- The batches. Of one call all have numbers of one type.
+// ---- The batches. What is only read is not written to.
 
 template <class S>
-Examples<S> like(const Examples<S>& other, const Tensor& x_BI) {
-  return {const_cast<S*>(x_BI.const_data_ptr<S>()), x_BI.size(0), x_BI.stride(0), x_BI.stride(1), other.places};
+Examples<S> examples(const Tensor& x_BI, const Plan& plan) {
+  S* data = const_cast<S*>(x_BI.const_data_ptr<S>());
+  return {data, x_BI.size(0), x_BI.stride(0), x_BI.stride(1), plan.in_places};
 }
 
 template <class S>
-Images<S> like(const Images<S>&, const Tensor& x, int64_t above, int64_t left) {
+Images<S> images(const Tensor& x, int64_t above = 0, int64_t left = 0) {
+  S* data = const_cast<S*>(x.const_data_ptr<S>());
   return {
-      const_cast<S*>(x.const_data_ptr<S>()), x.size(0), x.size(2), x.size(3),
-      {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, above, left};
-}
-
-// Call f(batch) with the type of the tensor's numbers.
-
-template <class F>
-void with_examples(const Tensor& x_BI, int64_t places, F f) {
-  RWFX_DISPATCH(x_BI.scalar_type(), "rwfx::sparse_linear", [&] {
-    f(like(Examples<scalar_t>{nullptr, 0, 0, 0, places}, x_BI));
-  });
-}
-
-template <class F>
-void with_images(const Tensor& x, int64_t above, int64_t left, F f) {
-  RWFX_DISPATCH(x.scalar_type(), "rwfx::sparse_conv", [&] {
-    f(like(Images<scalar_t>{}, x, above, left));
-  });
+      data, x.size(0), x.size(2), x.size(3), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, above, left};
 }
 
 template <class T, class In, class Out>
@@ -208,12 +194,12 @@ Tensor sparse_linear(
   sizes.back() = rows;
   const Tensor x_BI = x.reshape({-1, columns});
   const Tensor y = at::empty({x_BI.size(0), rows}, x.options());
-  AT_DISPATCH_FLOATING_TYPES(sum_type(x), "rwfx::sparse_linear", [&] {
-    using T = scalar_t;
+  RWFX_DISPATCH(x.scalar_type(), "rwfx::sparse_linear", [&] {
+    using T = Sum<scalar_t>;
     const Plan plan = linear_plan<T>(x_BI.size(0), columns, rows);
-    with_examples(x_BI, plan.in_places, [&](const auto& in) {
-      multiply<T>(plan, places_of(ccol, row, crow, col, order), values, bias, in, like(in, y));
-    });
+    multiply<T>(
+        plan, places_of(ccol, row, crow, col, order), values, bias, examples<scalar_t>(x_BI, plan),
+        examples<scalar_t>(y, plan));
   });
   return y.reshape(sizes);
 }
@@ -233,13 +219,12 @@ std::tuple<Tensor, Tensor> sparse_linear_backward(
       dv = values_of(at::mm(g_BO.t(), x_BI), ccol, row, values.scalar_type());
     }
   } else if (needs_dx || needs_dv) {
-    AT_DISPATCH_FLOATING_TYPES(sum_type(x), "rwfx::sparse_linear_backward", [&] {
-      using T = scalar_t;
+    RWFX_DISPATCH(x.scalar_type(), "rwfx::sparse_linear_backward", [&] {
+      using T = Sum<scalar_t>;
       const Plan plan = linear_plan<T>(x_BI.size(0), columns, rows);
-      with_examples(x_BI, plan.in_places, [&](const auto& in) {
-        dv = multiply_back<T>(
-            plan, places_of(ccol, row, crow, {}, {}), values, in, like(in, g_BO), like(in, dx), needs_dx, needs_dv);
-      });
+      dv = multiply_back<T>(
+          plan, places_of(ccol, row, crow, {}, {}), values, examples<scalar_t>(x_BI, plan),
+          examples<scalar_t>(g_BO, plan), examples<scalar_t>(dx, plan), needs_dx, needs_dv);
     });
   }
   return {needs_dx ? dx.reshape(x.sizes()) : at::empty({0}, g.options()), dv};
@@ -260,12 +245,11 @@ Tensor sparse_conv(
   }
   const int64_t height = out_size(x.size(2), options, 0), width = out_size(x.size(3), options, 1);
   const Tensor y = at::empty({x.size(0), rows, height, width}, x.options());
-  AT_DISPATCH_FLOATING_TYPES(sum_type(x), "rwfx::sparse_conv", [&] {
-    using T = scalar_t;
-    const Plan plan = conv_plan<T>(x, rows, options);
-    with_images(x, padding[0], padding[1], [&](const auto& in) {
-      multiply<T>(plan, places_of(ccol, row, crow, col, order), values, bias, in, like(in, y, 0, 0));
-    });
+  RWFX_DISPATCH(x.scalar_type(), "rwfx::sparse_conv", [&] {
+    using T = Sum<scalar_t>;
+    multiply<T>(
+        conv_plan<T>(x, rows, options), places_of(ccol, row, crow, col, order), values, bias,
+        images<scalar_t>(x, padding[0], padding[1]), images<scalar_t>(y));
   });
   return y;
 }
@@ -284,16 +268,14 @@ std::tuple<Tensor, Tensor> sparse_conv_backward(
     dx = needs_dx ? std::get<0>(found).contiguous() : dx;
     dv = needs_dv ? values_of(std::get<1>(found).flatten(1), ccol, row, values.scalar_type()) : dv;
   } else if (needs_dx || needs_dv) {
-    AT_DISPATCH_FLOATING_TYPES(sum_type(x), "rwfx::sparse_conv_backward", [&] {
-      using T = scalar_t;
-      const Plan plan = conv_plan<T>(x, rows, {kernel, stride, padding, dilation, groups});
-      dx = at::empty(needs_dx ? x.sizes() : IntArrayRef{0, 0, 0, 0}, x.options());
-      with_images(x, padding[0], padding[1], [&](const auto& in) {
-        dv = multiply_back<T>(
-            plan, places_of(ccol, row, crow, {}, {}), values, in, like(in, g, 0, 0),
-            like(in, dx, padding[0], padding[1]), needs_dx, needs_dv);
-      });
-      dx = needs_dx ? dx : at::empty({0}, g.options());
+    const Tensor to = needs_dx ? at::empty(x.sizes(), x.options()) : x;  // which is not written to then
+    dx = needs_dx ? to : dx;
+    RWFX_DISPATCH(x.scalar_type(), "rwfx::sparse_conv_backward", [&] {
+      using T = Sum<scalar_t>;
+      dv = multiply_back<T>(
+          conv_plan<T>(x, rows, {kernel, stride, padding, dilation, groups}), places_of(ccol, row, crow, {}, {}),
+          values, images<scalar_t>(x, padding[0], padding[1]), images<scalar_t>(g),
+          images<scalar_t>(to, padding[0], padding[1]), needs_dx, needs_dv);
     });
   }
   return {dx, dv};
