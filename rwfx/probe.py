@@ -1,7 +1,7 @@
 """A probe: where the backward pass of a sparse weight's calls leaves candidates and their gradients.
 
-In, before a step: what to look for. Out, after its backward pass: keys and gradients (``rwfx.ops.probe`` has the rules).
-It is no part of a model: it has no parameters, no buffers and no entries in a ``state_dict``.
+In, before a step: what to look for. Out, after its backward pass: keys and gradients (``rwfx.ops.probe`` has the
+rules). It is no part of a model: it has no parameters, no buffers and no entries in a ``state_dict``.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Probe:
         if self.grads.shape != (gradients,) or self.grads.device != like.device or self.grads.dtype != like.dtype:
             self.grads = torch.zeros(gradients, dtype=like.dtype, device=like.device)
 
-    def look(self, due: bool, key: int = 0, draws: int = 0) -> None:
-        """Look in the next backward pass, or at none until further notice."""
-        self.state[:3] = torch.tensor([DUE if due else NOT_DUE, key, draws])
+    def look(self, due: bool, key: int = 0, draws: int = 0, given: int = 0) -> None:
+        """Look in the next backward pass, or at none until further notice; ``given`` keys are there already."""
+        self.state.copy_(torch.tensor([DUE if due else NOT_DUE, key, draws, given]))
 
     @property
     def found(self) -> bool:

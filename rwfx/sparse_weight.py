@@ -117,7 +117,11 @@ class SparseWeight(nn.Module):
                 old.copy_(new)
         else:
             self.values.grad = None
-            self.values.data = values.detach().to(self.values)
+            given = values.detach().to(self.values)
+            # While a graph of an earlier step lives, autograd expects gradients of the old shape, which a number of
+            # another type makes it forget.
+            self.values.data = given.to(torch.float32 if given.dtype == torch.float64 else torch.float64)
+            self.values.data = given
             for name, part in zip(Index._fields, index, strict=True):
                 setattr(self, name, part.to(self.values.device))
 
