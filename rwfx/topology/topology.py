@@ -201,7 +201,7 @@ class Topology:
         """Tell the probes what to look for in the next backward pass."""
         due = self._is_due()
         for n, weight in enumerate(self.weights.values()):
-            if weight.probe is None or not (due or weight.probe.found or self._rules.always):
+            if weight.probe is None or not (due or weight.probe.looks or self._rules.always):
                 continue
             if self.method == "topkast":
                 weight.probe.look(True, given=len(weight.probe.keys))
