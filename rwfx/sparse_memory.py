@@ -72,7 +72,7 @@ def memory_of(model: SparsifiedModule, optimizer: Optimizer | None = None) -> Sp
             total[1] += numbers * parameter.itemsize * parameter.requires_grad
             total[2] += sum(_state_bytes(held, parameter, numbers) for held in state.values())
     index = sum(buffer.nbytes for weight in weights for buffer in weight.buffers())
-    return SparseMemory(Bytes(*sparse, index), Bytes(*dense, 0))
+    return SparseMemory(*(Bytes(*of, index=at) for of, at in ((sparse, index), (dense, 0))))
 
 
 def _state_bytes(held: object, parameter: nn.Parameter, numbers: int) -> int:
