@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,7 @@ from rwfx.experiments.policies import plan as policies_plan
 from rwfx.experiments.policies import run as policies
 from rwfx.experiments.speed import run as speed
 from rwfx.experiments.speed.plan import DTYPES, PARTS, SIZES, Plan, Size, read_parts, read_size
+from rwfx.experiments.speed.sparse_plan import ALWAYS_SPARSE
 from rwfx.experiments.zoo import plan as zoo_plan
 from rwfx.experiments.zoo import run as zoo
 from rwfx.train import OPTIMIZERS
@@ -218,6 +219,12 @@ def _add_speed(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--eager", action="store_true", help="leave torch.compile out")
     command.add_argument("--masked", action="store_true", help='measure mode="masked" too')
     command.add_argument("--dtype", choices=DTYPES, help="of model and data (default: float32; on cuda bfloat16)")
+    sparse = ALWAYS_SPARSE
+    wide = ",".join(map(str, sparse.scaling_widths))
+    command.add_argument("--width", type=int, default=sparse.width, help=f"of always-sparse (default: {sparse.width})")
+    command.add_argument(
+        "--scaling-widths", type=numbers, default=sparse.scaling_widths, help=f"of always-sparse (default: {wide})"
+    )
     command.add_argument("--out", type=Path, default=Plan.out, help=f"default: {Plan.out}")
     _add_common(command)
     command.set_defaults(run=_run_speed)
@@ -237,6 +244,7 @@ def _run_speed(options: argparse.Namespace) -> None:
         dtype=DTYPES[options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[kind]],
         walk_options=_given(options, WALK_OPTIONS),
         transform_options=_given(options, TRANSFORM_OPTIONS),
+        always_sparse=replace(ALWAYS_SPARSE, width=options.width, scaling_widths=options.scaling_widths),
     )
     speed.run(plan, progress=not options.quiet)
 
