@@ -26,7 +26,7 @@ def draw_steps(
     """Draw how many times as fast as dense a step is, and what it holds of dense's bytes, against density."""
     figure, (left, right) = make_panels(2, width=10, shared=False)
     figure.set_figheight(4.8)
-    densities = [*speeds]
+    densities = sorted(speeds)
     for place, kind in enumerate(("sparse", "masked")):
         label = {"sparse": "non-zeros alone", "masked": "masked dense"}[kind]
         _spreads(left, densities, [speeds[density][kind] for density in densities], label, place)
