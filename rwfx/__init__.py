@@ -21,6 +21,7 @@ from rwfx.sparse_weight import SparseWeight
 from rwfx.sparsified import SparsifiedModule
 from rwfx.sparsify import densify, sparsify
 from rwfx.substituted import SubstitutedModule
+from rwfx.topology import Topology
 from rwfx.train import RandomWalkTrainer
 from rwfx.transform import transform
 from rwfx.transformed import Transformed
@@ -44,6 +45,7 @@ __all__ = [
     "SubstitutedModule",
     "TopExamples",
     "TopK",
+    "Topology",
     "Transformed",
     "Uniform",
     "WeightGraph",

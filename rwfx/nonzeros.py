@@ -31,8 +31,13 @@ def index_of(keys: Tensor, rows: int, columns: int) -> Index:
     """The index of sorted, distinct keys, ``(N,)`` int64."""
     col, row = keys // rows, keys % rows
     order = row.argsort(stable=True)
-    parts = _starts(col, columns), row, _starts(row, rows), col[order], order
-    return Index(*(part.to(torch.int32) for part in parts))
+    parts = _starts(row, rows), col[order], order
+    return Index(*columns_of(keys, rows, columns), *(part.to(torch.int32) for part in parts))
+
+
+def columns_of(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The index by columns alone, ``ccol_indices`` and ``row_indices``."""
+    return _starts(keys // rows, columns).to(torch.int32), (keys % rows).to(torch.int32)
 
 
 def keys_of(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> Tensor:
@@ -56,6 +61,19 @@ def check_size(rows: int, columns: int, name: str) -> None:
     """
     if max(rows, columns) > LARGEST:
         raise ValueError(f"weight {name!r} has {rows} rows and {columns} columns; at most {LARGEST} can be counted.")
+
+
+def without(keys: Tensor, others: Tensor) -> Tensor:
+    """Those of ``keys`` that are not among ``others``; both sorted and distinct."""
+    return keys[~contains(others, keys)[0]]
+
+
+def contains(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of ``wanted`` are among ``keys``, sorted and distinct, and the place of each that is."""
+    if not len(keys):
+        return torch.zeros_like(wanted, dtype=torch.bool), torch.zeros_like(wanted)
+    place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+    return keys[place] == wanted, place
 
 
 def draw_keys(rows: int, columns: int, count: int, generator: Generator | None = None) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from rwfx.nonzeros import Index, check_size, index_of, keys_of
 from rwfx.ops.sparse_conv import sparse_conv
 from rwfx.ops.sparse_linear import By, dense_weight, sparse_linear
+from rwfx.ops.weighted_call import flat_options
+from rwfx.probe import Probe
 
 
 class SparseWeight(nn.Module):
@@ -30,6 +32,7 @@ class SparseWeight(nn.Module):
         shape: of the dense weight.
         transposed: whether the dense weight's parameter is stored as its transpose, as in ``x @ w``.
         by: how products are computed; ``rwfx.ops.sparse_linear``.
+        probe: what looks for candidates in the backward pass, if a ``rwfx.Topology`` has put it there.
 
     Args:
         keys: ``(N,)`` int64, sorted and distinct, ``column * O + row``.    values: ``(N,)``.
@@ -54,6 +57,7 @@ class SparseWeight(nn.Module):
         self._check(keys, values)
         self.transposed = transposed
         self.by: By = by
+        self.probe: Probe | None = None
         self.values = nn.Parameter(values.detach().clone())
         for name, part in zip(Index._fields, index_of(keys, self.rows, self.columns), strict=True):
             self.register_buffer(name, part, persistent=name in ("ccol_indices", "row_indices"))
@@ -61,8 +65,10 @@ class SparseWeight(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:
         """The call with the dense weight: ``F.linear(x, W, bias)`` or ``F.conv2d(x, W, bias, *options)``."""
         if len(self.shape) == 2:
-            return sparse_linear(x, self.values, bias, self.index, self.by)
-        return sparse_conv(x, self.values, bias, self.index, self.shape[2:], *options, by=self.by)
+            y = sparse_linear(x, self.values, bias, self.index, self.by)
+        else:
+            y = sparse_conv(x, self.values, bias, self.index, self.shape[2:], *options, by=self.by)
+        return y if self.probe is None else self.probe(y, x, self, flat_options(self.shape[2:], *options))
 
     @property
     def rows(self) -> int:
@@ -111,7 +117,11 @@ class SparseWeight(nn.Module):
                 old.copy_(new)
         else:
             self.values.grad = None
-            self.values.data = values.detach().to(self.values)
+            given = values.detach().to(self.values)
+            # While a graph of an earlier step lives, autograd expects gradients of the old shape, which a number of
+            # another type makes it forget.
+            self.values.data = given.to(torch.float32 if given.dtype == torch.float64 else torch.float64)
+            self.values.data = given
             for name, part in zip(Index._fields, index, strict=True):
                 setattr(self, name, part.to(self.values.device))
 

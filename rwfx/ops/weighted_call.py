@@ -1,0 +1,108 @@
+"""A call with a sparse weight as its backward pass sees it, asked for gradients at any places of the dense weight.
+
+In: the call's input ``x``, its output's gradient ``g`` and where the weight has its numbers. Out: gradients at chosen
+keys, all of them, or sums over the batch. A convolution is a linear call whose batch has an entry for each example and
+output pixel, with the pixel's patch as its input; it is computed without making the patches.
+
+Axes: B entries of the batch, I columns and O rows of the weight, G groups, M keys.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwfx.nonzeros import columns_of
+
+
+class WeightedCall(NamedTuple):
+    """``y = x W^T`` or, with ``options``, a convolution, and ``g = dL/dy``.
+
+    ``options`` are kernel, stride, padding and dilation, two numbers each, and the number of groups; empty for a linear
+    call. The other parts are those of ``rwfx.ops.sparse_linear``.
+    """
+
+    g: Tensor
+    x: Tensor
+    values: Tensor
+    ccol_indices: Tensor
+    row_indices: Tensor
+    crow_indices: Tensor
+    options: Sequence[int]
+    by: str
+
+    @property
+    def rows(self) -> int:
+        """O."""
+        return len(self.crow_indices) - 1
+
+    @property
+    def columns(self) -> int:
+        """I."""
+        return len(self.ccol_indices) - 1
+
+    @property
+    def groups(self) -> int:
+        """G: row ``o`` reads the inputs of group ``o // (O / G)``."""
+        return self.options[-1] if self.options else 1
+
+    @property
+    def entries(self) -> int:
+        """B."""
+        return self.g.numel() // self.rows
+
+    def gradients(self, keys: Tensor) -> Tensor:
+        """``(M,)``: of the keys alone, which are sorted and distinct."""
+        index = *columns_of(keys, self.rows, self.columns), self.crow_indices
+        nothing = self.values.new_zeros(len(keys))
+        if not self.options:
+            return torch.ops.rwfx.sparse_linear_backward.default(self.g, self.x, nothing, *index, False, True, self.by)[
+                1
+            ]
+        return torch.ops.rwfx.sparse_conv_backward.default(
+            self.g, self.x, nothing, *index, *self._options, False, True, self.by
+        )[1]
+
+    def dense_gradient(self) -> Tensor:
+        """``(I * O,)``: of every place, in the order of keys."""
+        if not self.options:
+            return (self.x.reshape(-1, self.columns).t() @ self.g.reshape(-1, self.rows)).flatten()
+        return self._patch_product(self.x, self.g, self.rows).flatten(1).t().flatten()
+
+    def sums(self, sign: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of every input and every row the sum over the batch: ``(G, I)`` and ``(O,)``, not negative.
+
+        Of absolute values; with ``sign``, ``(B,)``, the absolute value of the sum of signed values.
+        """
+        x, g = (self.x.abs(), self.g.abs()) if sign is None else (self.x, self.g)
+        sign = x.new_ones(self.entries) if sign is None else sign.to(x)
+        if not self.options:
+            return (sign @ x.reshape(-1, self.columns))[None].abs(), (sign @ g.reshape(-1, self.rows)).abs()
+        signs = sign.view(g.shape[0], 1, *g.shape[2:])
+        of_inputs = self._patch_product(x, signs.expand(-1, self.groups, -1, -1), self.groups)
+        return of_inputs.flatten(1).abs(), (g * signs).sum((0, 2, 3)).abs()
+
+    @property
+    def _options(self) -> tuple[list[int], list[int], list[int], list[int], int]:
+        kernel, stride, padding, dilation = (list(self.options[n : n + 2]) for n in range(0, 8, 2))
+        return kernel, stride, padding, dilation, self.groups
+
+    def _patch_product(self, x: Tensor, g: Tensor, rows: int) -> Tensor:
+        """The gradient of a weight of so many rows: sums over the batch of patches times ``g``."""
+        kernel, *options, groups = self._options
+        weight = x.new_empty(()).expand(rows, x.shape[1] // groups, *kernel)
+        return torch.ops.aten.convolution_backward(
+            g, x, weight, None, *options, False, [0, 0], groups, [False, True, False]
+        )[1]
+
+
+def flat_options(
+    kernel: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> list[int]:
+    """A convolution's options as ``WeightedCall`` has them; of a linear call, which has no kernel, none."""
+    return [*kernel, *stride, *padding, *dilation, groups] if kernel else []
