@@ -37,7 +37,8 @@ PUBLISHED: Mapping[str, Callable[[float, float, int, float], float]] = {
 
 CANDIDATES: Mapping[str, Callable[[int, int, float], float]] = {
     "rigl": lambda n, places, gamma: places,
-    "gse": lambda n, places, gamma: min(gamma * n, places - n),
+    # A weight with more than half of its places taken has all others as candidates.
+    "gse": lambda n, places, gamma: min(gamma * n, places - n) if 2 * n <= places else places - n,
     "snfs": lambda n, places, gamma: places,
     "topkast": lambda n, places, gamma: min(gamma * n, places - n),
 }

@@ -1,9 +1,10 @@
 """The bytes that training an always-sparse model holds, by category, beside those of the dense model.
 
-In: a sparsified model and its optimizer. Out: a ``SparseMemory``. Counted are all parameters of the model, biases and
-norms too; not what a step holds for a while, such as activations.
+In: a sparsified model, its optimizer and its topology. Out: a ``SparseMemory``. Counted are all parameters of the model,
+biases and norms too; not what a step holds for a while, such as activations.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import prod
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from rwfx.sparse_weight import SparseWeight
 from rwfx.sparsified import SparsifiedModule
+from rwfx.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Bytes:
     """What the optimizer holds now: nothing before its first step."""
     index: int
     """Where the non-zeros are."""
+    topology: int
+    """What finds the next places: candidates and their gradients; of SNFS a mean gradient of every place; of Top-KAST
+    all weights, and what is trained of them outside of the non-zeros."""
 
     @property
     def total(self) -> int:
@@ -53,8 +58,10 @@ class SparseMemory:
         return "\n".join(rows)
 
 
-def memory_of(model: SparsifiedModule, optimizer: Optimizer | None = None) -> SparseMemory:
-    """Count the bytes of ``model``, and of the state of ``optimizer`` for its parameters.
+def memory_of(
+    model: SparsifiedModule, optimizer: Optimizer | None = None, topology: Topology | None = None
+) -> SparseMemory:
+    """Count the bytes of ``model``, of the state of ``optimizer`` for its parameters, and of what ``topology`` keeps.
 
     Raises:
         TypeError: ``model`` did not come from ``rwfx.sparsify``.
@@ -72,7 +79,24 @@ def memory_of(model: SparsifiedModule, optimizer: Optimizer | None = None) -> Sp
             total[1] += numbers * parameter.itemsize * parameter.requires_grad
             total[2] += sum(_state_bytes(held, parameter, numbers) for held in state.values())
     index = sum(buffer.nbytes for weight in weights for buffer in weight.buffers())
-    return SparseMemory(*(Bytes(*of, index=at) for of, at in ((sparse, index), (dense, 0))))
+    return SparseMemory(
+        Bytes(*sparse, index, _topology_bytes(model, weights, topology)), Bytes(*dense, index=0, topology=0)
+    )
+
+
+def _topology_bytes(model: nn.Module, weights: Sequence[SparseWeight], topology: Topology | None) -> int:
+    found: list[object] = []
+    for probe in (weight.probe for weight in weights if weight.probe is not None):
+        found += [probe.state, probe.keys, probe.grads]
+    if topology is not None:
+        explored = topology.state_dict()["exploration"].values()
+        found += [of["theta"] for of in explored]
+        # Their values are parameters that the optimizer has and the model has not.
+        own = {id(parameter) for parameter in model.parameters()}
+        trained = [of for group in topology.optimizer.param_groups for of in group["params"]] if explored else []
+        for parameter in (of for of in trained if id(of) not in own):
+            found += [parameter, parameter.grad, *topology.optimizer.state.get(parameter, {}).values()]
+    return sum(held.nbytes for held in found if isinstance(held, Tensor))
 
 
 def _state_bytes(held: object, parameter: nn.Parameter, numbers: int) -> int:

@@ -60,6 +60,28 @@ def test_a_method_without_a_formula_is_refused():
         rwfx.sparsify(perceptron(), 0.1).report.flops.published("lottery")
 
 
+@pytest.mark.parametrize("method", ["gse", "rigl", "snfs", "topkast"])
+def test_what_a_topology_keeps_counts_too(method):
+    model = rwfx.sparsify(perceptron(), 0.1, init="uniform")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {} if method == "topkast" else {"alpha": 0.5}
+    topology = rwfx.Topology(model, optimizer, method, interval=1, schedule="constant", **options)
+    model(torch.randn(2, 20)).sum().backward()
+    optimizer.step()
+    state = 2 * 4 * 8  # four int64 of each probe
+    kept = {
+        "gse": (8 + 4) * 120,  # a key and a gradient of each candidate
+        "rigl": (8 + 4) * 60,  # of the best, as many as may be grown
+        "snfs": 4 * 1200,  # a mean gradient of each place
+        # All weights; and of as many as there are non-zeros a key, a gradient in the probe, and value, gradient and
+        # momentum.
+        "topkast": 4 * 1200 + (8 + 4 + 4 + 4 + 4) * 120,
+    }
+    memory = rwfx.memory_of(model, optimizer, topology)
+    assert memory.sparse.topology == state + kept[method]
+    assert memory.dense.topology == 0
+
+
 def test_gse_with_hardly_any_place_left_has_no_more_candidates_than_places():
     flops = rwfx.sparsify(perceptron(), 0.9, init="uniform", by="nonzeros").report.flops
     assert flops.candidates("gse", gamma=1.0) == 2 * 120

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 import rwfx
 from rwfx.experiments.always_sparse.plan import DENSE, SMALL, Plan
 from rwfx.experiments.always_sparse.tasks import ImageTask
+from rwfx.topology import Topology
+from rwfx.topology.methods import METHODS
 
 
 @dataclass
@@ -25,8 +27,8 @@ class Trained:
 
     network: nn.Module
     optimizer: Optimizer
-    topology: Any = None
-    """``rwfx.Topology``; None where nothing moves."""
+    topology: Topology | None = None
+    """None where nothing moves."""
 
 
 def trained(plan: Plan, task: ImageTask, method: str, density: float, seed: int, lr: float, steps: int) -> Trained:
@@ -35,7 +37,7 @@ def trained(plan: Plan, task: ImageTask, method: str, density: float, seed: int,
     optimizer = optimizer_of(plan, network, lr)
     if method in (DENSE, SMALL, "static"):
         return Trained(network, optimizer)
-    return Trained(network, optimizer, topology_of(plan, network, optimizer, method, density, steps))
+    return Trained(network, optimizer, topology_of(plan, network, optimizer, method, density, seed, steps))
 
 
 def network_of(plan: Plan, task: ImageTask, method: str, density: float, seed: int) -> nn.Module:
@@ -58,11 +60,17 @@ def optimizer_of(plan: Plan, network: nn.Module, lr: float) -> Optimizer:
     return kind(network.parameters(), **options)
 
 
-def topology_of(plan: Plan, network: nn.Module, optimizer: Optimizer, method: str, density: float, steps: int) -> Any:
-    """Make what moves the non-zeros."""
-    options = {name: getattr(plan, name) for name in ("alpha", "interval", "schedule", "scope", "distribution")}
-    end = max(1, round(plan.end * steps))
-    return rwfx.Topology(network, optimizer, method=method, end=end, gamma=plan.gamma, **options)  # type: ignore
+def topology_of(
+    plan: Plan, network: nn.Module, optimizer: Optimizer, method: str, density: float, seed: int, steps: int
+) -> Topology:
+    """Make what moves the non-zeros, with the options that the method has."""
+    rules = METHODS[method]
+    own = {"gamma": plan.gamma, "distribution": plan.distribution, "density": density}
+    options: dict[str, Any] = {name: own[name] for name in rules.options if name in own}
+    if rules.alpha is not None:
+        options["alpha"] = plan.alpha
+    options |= {"interval": plan.interval, "schedule": plan.schedule, "scope": plan.scope, "seed": seed}
+    return Topology(network, optimizer, method, end=plan.end_of(steps), **options)
 
 
 def small_width(plan: Plan, task: ImageTask, density: float) -> float:

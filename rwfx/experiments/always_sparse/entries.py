@@ -38,7 +38,7 @@ class Result(Entry):
     nnz: int
     """Of the weights that are stored as non-zeros; 0 of a dense network."""
     bytes: int
-    """Of parameters, gradients, optimizer state and index."""
+    """Of parameters, gradients, optimizer state, index and topology."""
     steps: int
     seconds: float
     """Forward, backward, update, ``zero_grad`` and the topology's updates; not the making of batches."""

@@ -22,7 +22,7 @@ CHOICES = {
     "model": tuple(MODELS),
     "optimizer": ("adam", "adamw", "sgd"),
     "decay": ("cosine", "drops", "constant"),
-    "schedule": ("cosine", "constant"),
+    "schedule": ("cosine", "linear", "constant"),
     "scope": ("layer", "global"),
     "distribution": ("uniform", "grabo", "graest"),
     "init": ("er", "erk", "uniform"),
@@ -83,6 +83,10 @@ class Plan:
         if self.epochs is not None:
             return max(1, round(self.epochs * (examples // self.batch_size)))
         return self.steps or STEPS[self.dataset]
+
+    def end_of(self, steps: int) -> int:
+        """The last step after which the topology may be updated."""
+        return round(self.end * steps)
 
     @property
     def sparse_methods(self) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ LEGEND = (
     "*density*: the share of the places of all weights that have a number. `small-dense` is the dense network whose "
     "widths are made smaller by one factor until it has as many parameters as the sparse ones; it is shown at their "
     "density.",
-    "*parameters*: all numbers that are trained, biases and norms too. *MB*: of parameters, gradients, optimizer state "
-    "and index (10^6 bytes), at the end.",
+    "*parameters*: all numbers that are trained, biases and norms too. *MB*: of parameters, gradients, optimizer "
+    "state, index, and what the topology keeps to find its next places (10^6 bytes), at the end.",
     "*step ms*: the median step: forward, backward, update; means over the seeds. *seconds*: of the whole run, with "
     "the topology's updates, which are given too; batches are made while the clock stands.",
     "*FLOPs*: of linear calls and convolutions over the whole run, as executed; a multiply-add counts two. "

@@ -68,12 +68,21 @@ def run(plan: Plan, *, progress: bool = True) -> list[Result]:
 
 
 class Comparison:
-    """The runs of a plan: which there are, which are done, and what came of them."""
+    """The runs of a plan: which there are, which are done, and what came of them.
+
+    Raises:
+        ValueError: the runs are too short for an update of the topology.
+    """
 
     def __init__(self, plan: Plan, task: ImageTask) -> None:
         self.plan, self.task = plan, task
         self.steps = plan.steps_of(len(task.split.train.target))
         self.worded = worded(plan, self.steps)
+        if any(method != "static" for method in plan.sparse_methods) and plan.end_of(self.steps) < plan.interval:
+            raise ValueError(
+                f"the topology would never be updated: the first update is after {plan.interval} steps, and there are "
+                f"none after step {plan.end_of(self.steps)}, {plan.end:g} of {self.steps}. Give a smaller interval."
+            )
         self.trials = Book(plan.out / "tuning.csv", Trial)
         self.runs = Book(plan.out / "runs.csv", Result)
         self.curves = Book(plan.out / "curves.csv", Point)

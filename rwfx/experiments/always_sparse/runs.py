@@ -35,7 +35,7 @@ class Run:
         self.times: list[float] = []
         self.topology_seconds = 0.0
         self.trained = trained(plan, task, entry.method, entry.density, entry.seed, entry.lr, self.steps)
-        self._counted, self._flops = -1, self.flops_now()
+        self._updates, self._flops = 0, self.flops_now()
 
     @property
     def seconds(self) -> float:
@@ -60,10 +60,10 @@ class Run:
 
     @property
     def bytes(self) -> int:
-        """Of parameters, gradients, optimizer state and index."""
+        """Of parameters, gradients, optimizer state, index and topology."""
         network, optimizer = self.trained.network, self.trained.optimizer
         if isinstance(network, SparsifiedModule):
-            return memory_of(network, optimizer).sparse.total
+            return memory_of(network, optimizer, self.trained.topology).sparse.total
         state = [held for of in optimizer.state.values() for held in of.values() if isinstance(held, Tensor)]
         return sum(tensor.nbytes for tensor in state) + sum(2 * of.nbytes for of in network.parameters())
 
@@ -111,10 +111,11 @@ class Run:
     def _count(self, batch: int) -> None:
         """Count the operations of the last step."""
         method, plan = self.entry.method, self.plan
-        if self.nnz != self._counted:
-            self._counted, self._flops = self.nnz, self.flops_now()
+        updates = 0 if self.trained.topology is None else self.trained.topology.updates
+        moves = updates > self._updates
+        if moves:  # what the weights have may have become fewer, or others
+            self._updates, self._flops = updates, self.flops_now()
         kind = "dense" if method in (DENSE, SMALL) else method
-        moves = self.done % plan.interval == 0 and self.done <= plan.end * self.steps
         step = self._flops.executed_dense if kind == "dense" else self._flops.executed("static")
         step += self._flops.candidates(kind, plan.gamma) * (moves or kind in EVERY_STEP)
         self.flops += batch * step

@@ -9,7 +9,7 @@ on the meta device: none ever has a dense weight.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,11 +23,14 @@ from rwfx.experiments.speed.plan import Plan, Size
 from rwfx.experiments.speed.sparse_figures import draw_steps
 from rwfx.experiments.speed.turns import Call, Spread, ratios, take_turns
 from rwfx.experiments.tables import markdown, write_csv
-from rwfx.sparse_memory import Bytes, memory_of
+from rwfx.sparse_memory import memory_of
 from rwfx.sparsified import SparsifiedModule
 
 KINDS = {"sparse": "nonzeros", "masked": "dense"}
 """The sparse contenders, and how their products are computed."""
+
+CATEGORIES = ("values", "gradients", "optimizer_state", "index")
+"""Of ``rwfx.sparse_memory.Bytes``; the topology stays as it is here."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +131,13 @@ def best(turns: Sequence[SparseTurn], kind: str, density: float) -> list[float]:
 
 def table(plan: Plan, turns: Sequence[SparseTurn], held: Sequence[BytesRow]) -> str:
     """Give a line per density."""
-    categories = [category.name for category in fields(Bytes)]
     header = ["MLP", "batch", "density", "dense ms", "masked ms", "sparse ms", "times dense", "times masked"]
-    header += [f"{name.replace('_', ' ')}, %" for name in categories] + ["all bytes, %"]
+    header += [f"{name.replace('_', ' ')}, %" for name in CATEGORIES] + ["all bytes, %"]
     weights = max(row.dense for row in held if row.category == "values")
     cells = []
     for density in plan.always_sparse.densities:
         own = {row.category: row for row in held if row.density == density}
-        shares = [100 * own[name].sparse / (own[name].dense or weights) for name in categories]
+        shares = [100 * own[name].sparse / (own[name].dense or weights) for name in CATEGORIES]
         total = 100 * sum(row.sparse for row in own.values()) / sum(row.dense for row in own.values())
         size = size_of(plan)
         times = [best(turns, *of) for of in (("dense", 1.0), ("masked", density), ("sparse", density))]
@@ -164,5 +166,4 @@ def _steps(
 
 def _bytes(density: float, network: SparsifiedModule, optimizer: Optimizer) -> list[BytesRow]:
     memory = memory_of(network, optimizer)
-    names = [category.name for category in fields(Bytes)]
-    return [BytesRow(density, name, getattr(memory.sparse, name), getattr(memory.dense, name)) for name in names]
+    return [BytesRow(density, name, getattr(memory.sparse, name), getattr(memory.dense, name)) for name in CATEGORIES]
