@@ -1,7 +1,7 @@
 """The bytes that training an always-sparse model holds, by category, beside those of the dense model.
 
-In: a sparsified model, its optimizer and its topology. Out: a ``SparseMemory``. Counted are all parameters of the model,
-biases and norms too; not what a step holds for a while, such as activations.
+In: a sparsified model, its optimizer and its topology. Out: a ``SparseMemory``. Counted are all parameters of the
+model, biases and norms too; not what a step holds for a while, such as activations.
 """
 
 from collections.abc import Sequence

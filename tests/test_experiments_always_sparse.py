@@ -35,6 +35,7 @@ def plan(out="", **changes):
             "hidden": (24, 16),
             "evaluations": 2,
             "batch_size": 32,
+            "interval": 2,
             **changes,
         }
     )
@@ -168,6 +169,40 @@ def test_the_operations_of_a_run_are_those_of_its_steps():
     dense = trained(made, "dense", 1.0)
     sizes = [o * i for o, i in shapes]
     assert dense.flops == 6 * 32 * 2 * (2 * sizes[0] + 3 * sizes[1] + 3 * sizes[2])
+
+
+@pytest.mark.parametrize("method", ["gse", "rigl", "set", "snfs", "topkast", "gradual"])
+def test_a_method_moves_the_non_zeros_and_its_operations_are_those_of_its_steps_and_updates(method):
+    made = plan(steps=8, densities=(0.1,), lrs=(0.01,))
+    one = Run(made, digits(), final_entry(made, method, 0.1, 0, 0.01))
+    places = {name: weight.keys() for name, weight in one.trained.network.sparse_weights.items()}
+    assert one.nnz == (2080 if method == "gradual" else 208)  # of 64 x 24 + 24 x 16 + 16 x 10
+    step = one.flops_now()
+    assert list(one.train()) == [4, 8]
+    assert one.trained.topology.updates == 3  # after steps 2, 4 and 6, three quarters of 8
+    assert one.nnz == 208
+    moved = [weight.keys() for weight in one.trained.network.sparse_weights.values()]
+    assert any(not torch.equal(a, b) for a, b in zip(moved, places.values(), strict=True))
+    assert one.topology_seconds > 0
+    if method == "gradual":
+        assert one.published_flops < 32 * 8 * step.published("gradual")
+    else:
+        times = 8 if method in ("snfs", "topkast") else 3
+        expected = 8 * step.executed("static") + times * step.candidates(method)
+        assert one.flops == pytest.approx(32 * expected)
+        assert one.published_flops == pytest.approx(32 * 8 * step.published(method, 2))
+
+
+def test_runs_of_a_seed_move_to_the_same_places():
+    made = plan(steps=8)
+    first, second = (trained(made, "gse") for _ in range(2))
+    for a, b in zip(first.trained.network.parameters(), second.trained.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_too_short_for_an_update_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="would never be updated"):
+        run.run(plan(tmp_path, methods=("gse",), interval=5), progress=False)
 
 
 def test_the_bytes_of_a_dense_run_are_four_numbers_a_parameter_with_adam():
