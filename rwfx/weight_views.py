@@ -96,6 +96,14 @@ def rows_of(gm: GraphModule, node: Any) -> tuple[nn.Parameter, range] | None:
     return None if rest else (parameter, range(first, first + len(rows)))
 
 
+def viewed(gm: GraphModule, node: Any) -> nn.Parameter | None:
+    """The parameter that a node is, or is a view of; None for any other."""
+    if (parameter := parameter_of(gm, node)) is not None:
+        return parameter
+    found = like_view(gm, node)
+    return None if found is None else found[0]
+
+
 VIEWS = {
     *("t", "transpose", "permute", "swapaxes", "numpy_T", "mT", "getattr", "view", "alias"),
     *("split", "split_with_sizes", "chunk", "unbind", "select", "slice", "narrow", "getitem"),
