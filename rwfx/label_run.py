@@ -204,6 +204,8 @@ class LabelRun(fx.Interpreter):
 
     def features_of(self, ids: Tensor, dim: int) -> Tensor:
         """The id of each feature: along ``dim`` of an input's labels, pooled over the others."""
+        if not ids.numel():
+            raise UnknownShape(f"{self.node.name} is given no number at all on example_inputs: give one of each kind")
         found = self.reduce(ids, [d for d in range(ids.dim()) if d != dim])
         return found.reshape(-1).clamp(min=-1)
 

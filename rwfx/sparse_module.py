@@ -92,6 +92,7 @@ _SHARED = (
     "_non_persistent",
     "_forward",
     "_backward",
+    "_is_full_backward_hook",
     "_state_dict",
     "_load",
 )

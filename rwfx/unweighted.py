@@ -14,6 +14,7 @@ _LOOKED_UP = "its rows are looked up, and those that are not have no gradient"
 _RECURRENT = "a recurrent layer multiplies with it again and again, each time with what it gave before"
 _EXPERTS = "{} multiplies with several matrices at once, as experts do"
 _COMPUTED = "the forward pass computes a weight from it"
+_HOOKED = "its module has hooks, so that it is called as it is"
 
 # Also as operators of ATen, which they stay on what is no parameter.
 _WEIGHTED = {bare_name(call) for call in (F.linear, *CONVOLUTIONS)}
@@ -46,8 +47,10 @@ def why_unweighted(gm: GraphModule, own: nn.Parameter, readers: Readers) -> str:
 
 
 def _of_module(module: nn.Module) -> str:
-    if is_parametrized(module) or has_hooks(module):
+    if is_parametrized(module):
         return _COMPUTED
+    if has_hooks(module):
+        return _HOOKED
     return next((why for kind, why in _BY_MODULE.items() if isinstance(module, kind)), "")
 
 

@@ -19,8 +19,10 @@ def check_model(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {name}.")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("model is compiled. Transform the model first, then compile what comes out of it.")
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            what = f"module {path!r} of the model" if path else "model"
+            raise ValueError(f"{what} is compiled. Transform the model first, then compile what comes out of it.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f"model is wrapped in {name}. Transform model.module first, then wrap what comes out of it.")
     if isinstance(model, torch.jit.ScriptModule):
