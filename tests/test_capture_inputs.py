@@ -187,6 +187,16 @@ def test_a_weight_that_its_own_numbers_decide_is_the_model_s_and_stays_dense(sig
         assert_close(sparse(X), model(X), rtol=0, atol=0)
 
 
+def test_a_float_model_that_is_written_for_quantisation_is_a_model_as_any_other():
+    def added(self, x):
+        return self.sum.add(one(self, x), self.b(self.a(x).relu()))
+
+    model = module_with(added, sum=torch.ao.nn.quantized.FloatFunctional())
+    sparse = rwfx.transform(model, num_paths=4, break_even=False)
+    assert sparse.report.sparse == ("a.weight", "b.weight")
+    assert_close(sparse(X), model(X), rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_prepared_for_quantisation_is_refused_for_having_no_plain_weight():
     model = module_with(one)

@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
+# What lies there and is float: it holds the place of what quantisation will put there.
+FLOAT = ("FloatFunctional", "FXFloatFunctional")
 
 
 def check_model(model: Any) -> None:
@@ -31,7 +33,8 @@ def check_model(model: Any) -> None:
         raise ValueError(f"forward of this {name} has been replaced on the instance, where torch.fx does not see it.")
     for path, module in model.named_modules():
         kind = type(module)
-        if kind.__module__.startswith(QUANTISED) or hasattr(module, "_packed_params"):
+        is_float = kind.__name__ in FLOAT or not kind.__module__.startswith(QUANTISED)
+        if not is_float or hasattr(module, "_packed_params"):
             raise ValueError(
                 f"module {path!r} is quantised ({kind.__module__}.{kind.__name__}): its weight is packed and has no "
                 "gradient. Transform the float model, and quantise it after training."
