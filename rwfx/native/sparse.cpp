@@ -19,7 +19,6 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
-#include <type_traits>
 
 namespace rwfx {
 namespace {
@@ -44,12 +43,9 @@ void check_operands(int64_t features, int64_t columns, const Tensor& values, con
       "values has the shape ", values.sizes(), " for ", row.numel(), " places of the index.");
 }
 
-// What numbers of a type are added up in.
-template <class S>
-using Sum = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-Tensor as_numbers(const Tensor& t, at::ScalarType type) {
-  return t.to(type).contiguous();
+// The type to compute in; other numbers are converted before and after.
+at::ScalarType type_for(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // ---- The plans.
@@ -103,15 +99,15 @@ Plan conv_plan(const Tensor& x, int64_t rows, const Options& o) {
 
 // ---- The batches. What is only read is not written to.
 
-template <class S>
-Examples<S> examples(const Tensor& x_BI, const Plan& plan) {
-  S* data = const_cast<S*>(x_BI.const_data_ptr<S>());
+template <class T>
+Examples<T> examples(const Tensor& x_BI, const Plan& plan) {
+  T* data = const_cast<T*>(x_BI.const_data_ptr<T>());
   return {data, x_BI.size(0), x_BI.stride(0), x_BI.stride(1), plan.in_places};
 }
 
-template <class S>
-Images<S> images(const Tensor& x, int64_t above = 0, int64_t left = 0) {
-  S* data = const_cast<S*>(x.const_data_ptr<S>());
+template <class T>
+Images<T> images(const Tensor& x, int64_t above = 0, int64_t left = 0) {
+  T* data = const_cast<T*>(x.const_data_ptr<T>());
   return {
       data, x.size(0), x.size(2), x.size(3), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, above, left};
 }
@@ -121,7 +117,7 @@ void multiply(
     const Plan& plan, const Places& at, const Tensor& values, const optional<Tensor>& bias, const In& in,
     const Out& out) {
   const auto type = c10::CppTypeToScalarType<T>::value;
-  const Tensor v = as_numbers(values, type), b = bias ? as_numbers(*bias, type) : Tensor();
+  const Tensor v = values.to(type).contiguous(), b = bias ? bias->to(type).contiguous() : Tensor();
   forward<T>(plan, at, v.const_data_ptr<T>(), bias ? b.const_data_ptr<T>() : nullptr, in, out);
 }
 
@@ -130,7 +126,7 @@ template <class T, class In, class Grad, class Out>
 Tensor multiply_back(
     const Plan& plan, const Places& at, const Tensor& values, const In& in, const Grad& grad, const Out& out,
     bool needs_dx, bool needs_dv) {
-  const Tensor v = as_numbers(values, c10::CppTypeToScalarType<T>::value);
+  const Tensor v = values.to(c10::CppTypeToScalarType<T>::value).contiguous();
   Tensor dv = at::zeros({needs_dv ? v.numel() : 0}, v.options());
   const auto run = !needs_dx ? backward<T, false, true, In, Grad, Out>
       : needs_dv             ? backward<T, true, true, In, Grad, Out>
@@ -192,42 +188,42 @@ Tensor sparse_linear(
   }
   auto sizes = x.sizes().vec();
   sizes.back() = rows;
-  const Tensor x_BI = x.reshape({-1, columns});
-  const Tensor y = at::empty({x_BI.size(0), rows}, x.options());
-  RWFX_DISPATCH(x.scalar_type(), "rwfx::sparse_linear", [&] {
-    using T = Sum<scalar_t>;
+  const Tensor x_BI = x.reshape({-1, columns}).to(type_for(x));
+  const Tensor y = at::empty({x_BI.size(0), rows}, x_BI.options());
+  AT_DISPATCH_FLOATING_TYPES(type_for(x), "rwfx::sparse_linear", [&] {
+    using T = scalar_t;
     const Plan plan = linear_plan<T>(x_BI.size(0), columns, rows);
     multiply<T>(
-        plan, places_of(ccol, row, crow, col, order), values, bias, examples<scalar_t>(x_BI, plan),
-        examples<scalar_t>(y, plan));
+        plan, places_of(ccol, row, crow, col, order), values, bias, examples<T>(x_BI, plan), examples<T>(y, plan));
   });
-  return y.reshape(sizes);
+  return y.reshape(sizes).to(x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> sparse_linear_backward(
     const Tensor& g, const Tensor& x, const Tensor& values, const Tensor& ccol, const Tensor& row, const Tensor& crow,
     bool needs_dx, bool needs_dv, std::string_view by) {
   const int64_t rows = crow.numel() - 1, columns = ccol.numel() - 1;
-  const Tensor x_BI = x.reshape({-1, columns}), g_BO = g.reshape({-1, rows});
-  Tensor dx = at::empty({needs_dx ? x_BI.size(0) : 0, columns}, x.options());
+  const auto type = by == "dense" ? x.scalar_type() : type_for(x);
+  const Tensor x_BI = x.reshape({-1, columns}).to(type), g_BO = g.reshape({-1, rows}).to(type);
+  Tensor dx = at::empty({needs_dx ? x_BI.size(0) : 0, columns}, x_BI.options());
   Tensor dv = at::empty({0}, values.options());
   if (by == "dense") {
     if (needs_dx) {
-      dx = at::mm(g_BO, dense_weight(values, ccol, row, rows, g.scalar_type()));
+      dx = at::mm(g_BO, dense_weight(values, ccol, row, rows, type));
     }
     if (needs_dv) {
       dv = values_of(at::mm(g_BO.t(), x_BI), ccol, row, values.scalar_type());
     }
   } else if (needs_dx || needs_dv) {
-    RWFX_DISPATCH(x.scalar_type(), "rwfx::sparse_linear_backward", [&] {
-      using T = Sum<scalar_t>;
+    AT_DISPATCH_FLOATING_TYPES(type, "rwfx::sparse_linear_backward", [&] {
+      using T = scalar_t;
       const Plan plan = linear_plan<T>(x_BI.size(0), columns, rows);
       dv = multiply_back<T>(
-          plan, places_of(ccol, row, crow, {}, {}), values, examples<scalar_t>(x_BI, plan),
-          examples<scalar_t>(g_BO, plan), examples<scalar_t>(dx, plan), needs_dx, needs_dv);
+          plan, places_of(ccol, row, crow, {}, {}), values, examples<T>(x_BI, plan), examples<T>(g_BO, plan),
+          examples<T>(dx, plan), needs_dx, needs_dv);
     });
   }
-  return {needs_dx ? dx.reshape(x.sizes()) : at::empty({0}, g.options()), dv};
+  return {needs_dx ? dx.reshape(x.sizes()).to(x.scalar_type()) : at::empty({0}, g.options()), dv};
 }
 
 Tensor sparse_conv(
@@ -244,14 +240,14 @@ Tensor sparse_conv(
     return at::convolution(x, full, b, stride, padding, dilation, false, {0, 0}, groups).contiguous();
   }
   const int64_t height = out_size(x.size(2), options, 0), width = out_size(x.size(3), options, 1);
-  const Tensor y = at::empty({x.size(0), rows, height, width}, x.options());
-  RWFX_DISPATCH(x.scalar_type(), "rwfx::sparse_conv", [&] {
-    using T = Sum<scalar_t>;
+  const Tensor in = x.to(type_for(x)), y = at::empty({x.size(0), rows, height, width}, in.options());
+  AT_DISPATCH_FLOATING_TYPES(type_for(x), "rwfx::sparse_conv", [&] {
+    using T = scalar_t;
     multiply<T>(
-        conv_plan<T>(x, rows, options), places_of(ccol, row, crow, col, order), values, bias,
-        images<scalar_t>(x, padding[0], padding[1]), images<scalar_t>(y));
+        conv_plan<T>(in, rows, options), places_of(ccol, row, crow, col, order), values, bias,
+        images<T>(in, padding[0], padding[1]), images<T>(y));
   });
-  return y;
+  return y.to(x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> sparse_conv_backward(
@@ -268,15 +264,16 @@ std::tuple<Tensor, Tensor> sparse_conv_backward(
     dx = needs_dx ? std::get<0>(found).contiguous() : dx;
     dv = needs_dv ? values_of(std::get<1>(found).flatten(1), ccol, row, values.scalar_type()) : dv;
   } else if (needs_dx || needs_dv) {
-    const Tensor to = needs_dx ? at::empty(x.sizes(), x.options()) : x;  // which is not written to then
-    dx = needs_dx ? to : dx;
-    RWFX_DISPATCH(x.scalar_type(), "rwfx::sparse_conv_backward", [&] {
-      using T = Sum<scalar_t>;
+    const Tensor in = x.to(type_for(x)), grad = g.to(type_for(x));
+    const Tensor to = needs_dx ? at::empty(x.sizes(), in.options()) : in;  // which is not written to then
+    AT_DISPATCH_FLOATING_TYPES(type_for(x), "rwfx::sparse_conv_backward", [&] {
+      using T = scalar_t;
       dv = multiply_back<T>(
-          conv_plan<T>(x, rows, {kernel, stride, padding, dilation, groups}), places_of(ccol, row, crow, {}, {}),
-          values, images<scalar_t>(x, padding[0], padding[1]), images<scalar_t>(g),
-          images<scalar_t>(to, padding[0], padding[1]), needs_dx, needs_dv);
+          conv_plan<T>(in, rows, {kernel, stride, padding, dilation, groups}), places_of(ccol, row, crow, {}, {}),
+          values, images<T>(in, padding[0], padding[1]), images<T>(grad), images<T>(to, padding[0], padding[1]),
+          needs_dx, needs_dv);
     });
+    dx = needs_dx ? to.to(x.scalar_type()) : dx;
   }
   return {dx, dv};
 }

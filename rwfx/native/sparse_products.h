@@ -245,8 +245,9 @@ void for_channels(int64_t channels, int64_t places, F f) {
   });
 }
 
+// Not inlined, nor is backward_tile: every kind of batch would compile it again.
 template <class T>
-void forward_tile(
+[[gnu::noinline]] void forward_tile(
     const Plan& plan, const Places& at, const T* values, const T* bias, const T* x, T* y, int64_t begin, int64_t end) {
   for_blocks(plan.out_places, [&](int64_t first, auto number) {
     constexpr int NUMBER = decltype(number)::value;
@@ -285,7 +286,7 @@ void forward(const Plan& plan, const Places& at, const T* values, const T* bias,
 }
 
 template <class T, bool DX, bool DV>
-void backward_tile(
+[[gnu::noinline]] void backward_tile(
     const Plan& plan, const Places& at, const T* values, const T* x, const T* g, T* dx, T* dv, int64_t begin,
     int64_t end) {
   // A channel's columns one after the other, so that its input and its gradient stay near.
