@@ -15,6 +15,7 @@ from rwfx.break_even import CostModel
 from rwfx.examples import AdaptiveExamples, SampledExamples, TopExamples
 from rwfx.history import History
 from rwfx.policies import AdaptiveWalk, LearnedWalk, Magnitude, RandomWalk, TopK, Uniform
+from rwfx.sparse_memory import memory_of
 from rwfx.sparse_module import SparseModule
 from rwfx.sparse_weight import SparseWeight
 from rwfx.sparsified import SparsifiedModule
@@ -51,6 +52,7 @@ __all__ = [
     "backend",
     "densify",
     "draw",
+    "memory_of",
     "ops",
     "optim",
     "random_walks",

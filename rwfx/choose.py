@@ -3,7 +3,7 @@
 In: a captured model, its weight graph, what the caller asked for. Out: the report's line for each weight.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +12,16 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from rwfx.break_even import Candidate, CostModel
+from rwfx.call_cost import needs_gradient, places_of
 from rwfx.capture import Capture
-from rwfx.passes.conv_spellings import TRANSPOSED
 from rwfx.passes.follow_examples import MARK
 from rwfx.passes.normalize import CONVOLUTIONS, weight_of
-from rwfx.passes.parameters import parameter_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.sparse_backward import SPARSE
 from rwfx.passes.weights import weights_of
 from rwfx.policies import Densities, Magnitude, Policy, TopK
+from rwfx.readers import readers_of
 from rwfx.report import Line
 from rwfx.roles import heads_of, roles_of, vocabularies_of
 from rwfx.row_gradients import all_or_none, why_no_row_gradient
@@ -48,7 +48,7 @@ def lines_of(
 
     ``left_out``: the weights that are not asked for, each with the reason.
     """
-    calls = {node.name: node for node in gm.graph.nodes}
+    calls, readers = {node.name: node for node in gm.graph.nodes}, readers_of(gm)
     lines = []
     for weight in graph.names:
         uses = [use for use in graph.uses if use.weight == weight]
@@ -75,13 +75,13 @@ def lines_of(
         elif any(use.transposed for use in uses) and isinstance(policy, Magnitude):
             reason = "the rows of a transposed convolution are not its weight's first dimension: they have no norms"
         else:
-            reason = why_no_row_gradient(gm, graph, weight, policy) if grad == "rows" else ""
+            reason = why_no_row_gradient(gm, graph, weight, policy, calls, readers) if grad == "rows" else ""
         # A module with weights of its own, or a call on a view of one, is taken to give its input a gradient.
         takers = [calls[use.node] for use in uses]
-        input_grads = sum(not _is_plain(gm, call) or _needs_gradient(gm, call.args[0]) for call in takers)
+        input_grads = sum(not _is_plain(gm, call) or needs_gradient(gm, call.args[0]) for call in takers)
         num_rows = uses[0].rows
         features = tensor.numel() // num_rows if num_rows else 0
-        found = [_places(calls[use.node], shapes) for use in uses]
+        found = [places_of(calls[use.node], shapes) for use in uses]
         places = None if None in found else sum(p for p in found if p is not None) / len(found)
         size = parameter.element_size()
         lines.append(Line(weight, num_rows, features, len(uses), input_grads, reason, places=places, itemsize=size))
@@ -90,7 +90,7 @@ def lines_of(
         if parameter.dim() >= 2 and name not in used:
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
             reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
-            if why := why_unweighted(gm, parameter):
+            if why := why_unweighted(gm, parameter, readers):
                 reason += f": {why}"
             size = parameter.element_size()
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason, itemsize=size))
@@ -250,33 +250,7 @@ def weigh(
     return all_or_none(weighed, graph) if grad == "rows" else tuple(weighed)
 
 
-def _places(call: Node, shapes: Mapping[str, torch.Size] | None) -> int | None:
-    """How many places of an example a call multiplies its weight with: 1, or those of a convolution's output (of a
-    transposed one's input); None where that is not known."""
-    if call.target not in CONVOLUTIONS:
-        return 1
-    at: Any = call.args[0] if call.target in TRANSPOSED else call
-    return None if shapes is None else shapes[at.name][-CONVOLUTIONS[call.target] :].numel()
-
-
 def _batch(use: WeightUse, call: Node, shapes: Mapping[str, torch.Size]) -> int:
     """How many places of all examples it multiplies its weight with."""
     at: Any = call.args[0] if use.transposed else call
     return shapes[at.name].numel() // (len(use.feature_map) if use.transposed else use.rows)
-
-
-def _needs_gradient(gm: GraphModule, node: Any) -> bool:
-    """Whether anything before ``node`` is trained, so that a backward pass goes on through it."""
-    seen, queue = set(), [node] if isinstance(node, Node) else []
-    while queue:
-        at = queue.pop()
-        if at.op == "call_module":
-            parameters: Iterable[Any] = gm.get_submodule(str(at.target)).parameters()
-        else:
-            parameter = parameter_of(gm, at)
-            parameters = [] if parameter is None else [parameter]
-        if any(p.requires_grad for p in parameters):
-            return True
-        queue += [n for n in at.all_input_nodes if n not in seen]
-        seen.update(at.all_input_nodes)
-    return False

@@ -11,16 +11,18 @@ from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.fx import GraphModule
 
 from rwfx import native
 from rwfx.arguments import check_number
+from rwfx.call_cost import needs_gradient, places_of
 from rwfx.capture import Capture, capture, tape
 from rwfx.nonzeros import check_size, draw_keys
 from rwfx.options import common_seed
 from rwfx.passes.dense_weights import dense_weights
-from rwfx.passes.normalize import normalize
+from rwfx.passes.normalize import normalize, weighted
 from rwfx.passes.sparse_weights import is_transposed, sparse_weights, why_not_sparse
 from rwfx.roles import ROLES, roles_of
 from rwfx.sparse_cost import faster
@@ -29,7 +31,7 @@ from rwfx.sparsified import SparsifiedModule
 from rwfx.sparsity import Init, count_nonzeros
 from rwfx.sparsity_report import SparsityLine
 from rwfx.transformed import Transformed
-from rwfx.two_graphs import TwoGraphs
+from rwfx.two_graphs import TwoGraphs, check_names
 from rwfx.weight_graph import graph_of, shapes_of
 from rwfx.where import Where, asked_for, given_places
 
@@ -95,6 +97,7 @@ def sparsify(
             f"no graph holds the forward pass of {type(model).__name__} ({captured.notes[-1]}), and always-sparse "
             "weights need one to be put into."
         )
+    check_names(captured.host, SparsifiedModule)
     return _sparsified(captured, float(density), init, growth, values, places, by, seed)
 
 
@@ -170,6 +173,7 @@ def _lines(gms: Sequence[GraphModule], captured: Capture, dense: Sequence[Where]
     shapes = {name: p.shape for name, p in host.named_parameters() if p.dim() >= 2}
     names = {name: _names_of(host, host.get_parameter(name)) for name in shapes}
     unwanted = asked_for("dense", dense, names, host, _roles(gms[0], captured, dense))
+    sizes = shapes_of(gms[0], captured)
     lines = []
     for name, shape in shapes.items():
         reason = 'asked for with "dense="' if name in unwanted else None
@@ -178,8 +182,24 @@ def _lines(gms: Sequence[GraphModule], captured: Capture, dense: Sequence[Where]
         stored = tuple(reversed(shape)) if transposed else tuple(shape)
         if not reason:
             check_size(stored[0], prod(stored[1:]), name)
-        lines.append(SparsityLine(name, stored, reason or "", transposed=transposed))
+        lines.append(SparsityLine(name, stored, reason or "", transposed=transposed, **_calls_on(gms[0], name, sizes)))
     return tuple(lines)
+
+
+def _calls_on(gm: GraphModule, parameter: str, sizes: Mapping[str, torch.Size] | None) -> dict[str, Any]:
+    """What a line says of the calls on a parameter."""
+    own = gm.get_parameter(parameter)
+    calls = [node for node in gm.graph.nodes if (found := weighted(gm, node)) is not None and found[0] is own]
+    places = [
+        # Tokens are places of an example, where it is known that there are any.
+        sizes[call.name][1:-1].numel() if call.target is F.linear and sizes is not None else places_of(call, sizes)
+        for call in calls
+    ]
+    return {
+        "calls": len(calls),
+        "input_grads": sum(needs_gradient(gm, call.args[0]) for call in calls),
+        "places": None if None in places else sum(filter(None, places)) / max(1, len(calls)),
+    }
 
 
 def _roles(gm: GraphModule, captured: Capture, dense: Sequence[Where]) -> Mapping[str, frozenset[str]]:

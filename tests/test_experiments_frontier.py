@@ -12,13 +12,13 @@ from torch import nn
 
 import rwfx
 from rwfx.cost import dense_flops
+from rwfx.experiments.book import Book, entry_of
 from rwfx.experiments.cli import main
 from rwfx.experiments.data import DataSet, TensorLoader, load
 from rwfx.experiments.frontier import run
-from rwfx.experiments.frontier.book import Book
 from rwfx.experiments.frontier.contenders import CONTENDERS
 from rwfx.experiments.frontier.cost import confined_to_examples, products_of
-from rwfx.experiments.frontier.entries import TUNING_SEED, Entry, Result, Trial, entry_of
+from rwfx.experiments.frontier.entries import TUNING_SEED, Entry, Result, Trial
 from rwfx.experiments.frontier.plan import SPARSE_NAMES, Plan, check_plan
 from rwfx.experiments.frontier.race import refusals
 from rwfx.experiments.frontier.report import headline, section
@@ -381,7 +381,7 @@ def test_a_final_run_is_judged_on_test_data_and_a_trial_on_validation(finished):
 def test_what_is_written(finished):
     made, results = finished
     assert len(results) == 2 * (2 * 2 + 4 * 2)
-    assert [entry_of(of) for of in read_csv(made.out / "frontier.csv", Result)] != []
+    assert [entry_of(of, Entry) for of in read_csv(made.out / "frontier.csv", Result)] != []
     assert set(read_csv(made.out / "frontier.csv", Result)) == set(results)
     for cost in ("seconds", "flops"):
         assert (made.out / f"digits_against_{cost}.png").read_bytes().startswith(PNG)
@@ -422,7 +422,7 @@ def test_a_last_line_that_was_cut_off_is_run_again_and_nothing_else(cut, stopped
     ran, train = [], Run.take_turn
     monkeypatch.setattr(Run, "take_turn", lambda one, *count: (ran.append(one.entry), train(one, *count))[1])
     results = run.run(stopped, progress=False)
-    assert set(ran) == {entry_of(lost)}
+    assert set(ran) == {entry_of(lost, Entry)}
     (again,) = [of for of in results if of.process == 2]
     assert replace(again, process=1, seconds=lost.seconds) == lost
     assert len(read_csv(path, Result)) == len(results) == len(finished[1])
@@ -442,9 +442,9 @@ def test_runs_of_another_plan_are_kept_and_not_taken_for_this_one(change, stoppe
 def test_further_seeds_and_contenders_go_on_from_those_there(stopped, finished):
     more = replace(stopped, seeds=3, contenders=("rows-0.25", "uniform-0.3"))
     results = run.run(more, progress=False)
-    old = {entry_of(of) for of in finished[1]}
+    old = {entry_of(of, Entry) for of in finished[1]}
     for of in results:
-        assert of.process == (1 if entry_of(of) in old else 2)
+        assert of.process == (1 if entry_of(of, Entry) in old else 2)
     assert {of.contender for of in results} == {"dense", "rows-0.25", "uniform-0.3"}
     assert len(results) == 3 * (2 * 2 + 2 * 2)
 

@@ -23,12 +23,23 @@ from rwfx.experiments.speed.memory import Memory
 from rwfx.experiments.speed.plan import PARTS, SIZES, Draws, Network, Plan, Size, Thin, read_parts, read_size
 from rwfx.experiments.speed.run import run
 from rwfx.experiments.speed.sampler import Timing
+from rwfx.experiments.speed.sparse_plan import AlwaysSparse, ConvLayer
 from rwfx.experiments.speed.steps import Turn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = Size((8, 16, 4), 6, (2, 3))
 DRAWS = Draws(layers=2, width=8, num_paths=20, series_paths=(5, 10, 20), series_widths=(4, 8, 16))
+SPARSE = AlwaysSparse(
+    width=16,
+    batch_size=4,
+    densities=(0.5, 0.2),
+    scaling_widths=(8, 16, 32),
+    row_nonzeros=2,
+    dense_bytes=2 * 16**2,
+    convs=(ConvLayer(2, 4, 6, batch_size=3), ConvLayer(4, 4, 6, 2, batch_size=3)),
+    conv_densities=(0.5, 0.2),
+)
 
 
 def plan(out, **changes):
@@ -39,6 +50,7 @@ def plan(out, **changes):
             "rounds": 2,
             "compiled": False,
             "draws": DRAWS,
+            "always_sparse": SPARSE,
             "deep_layers": 3,
             "repeats": 2,
             **changes,
@@ -84,9 +96,7 @@ def test_another_spelling_of_a_size_is_an_error_with_an_example(text):
 def test_parts_are_taken_in_their_own_order():
     assert read_parts("build,steps") == ("steps", "build")
     assert read_parts(",".join(PARTS)) == tuple(PARTS)
-    with pytest.raises(
-        ValueError, match="the parts are steps, examples, networks, memory, sampler, build; given 'stepps'"
-    ):
+    with pytest.raises(ValueError, match=f"the parts are {', '.join(PARTS)}; given 'stepps'"):
         read_parts("memory,stepps")
 
 
@@ -407,8 +417,9 @@ def test_every_part_is_measured_and_written_with_the_conditions(tmp_path, capsys
     assert found == {(name, kind, where) for kind in ("forward", "dense", "sparse") for name, where in places}
     found = {(one["contender"], one["examples"], one["rows"]) for one in lines_of(tmp_path / "examples.csv")}
     assert found == {(kind, "0.4", "0.5") for kind in ("forward", "dense", "thin")}
-    names = ["build.csv", "examples.csv", "memory.csv", "networks.csv", "sampler.csv", "sampler.png", "speed.md"]
-    names.append("steps.csv")
+    sparse = [f"always_sparse_{name}.{kind}" for name in ("convs", "scaling", "steps") for kind in ("csv", "png")]
+    names = ["always_sparse_bytes.csv", *sparse, "build.csv", "examples.csv", "memory.csv", "networks.csv"]
+    names += ["sampler.csv", "sampler.png", "speed.md", "steps.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     document = (tmp_path / "speed.md").read_text()
     assert text in document
@@ -445,7 +456,7 @@ def test_a_measurement_that_ends_early_leaves_the_parts_that_are_done(tmp_path, 
     [
         (
             ["--only", "steps,memry"],
-            "the parts are steps, examples, networks, memory, sampler, build; given 'memry'",
+            "the parts are steps, examples, networks, memory, sampler, build, always-sparse; given 'memry'",
         ),
         (["--sizes", "784"], "a size is WIDTHS@BATCH:PATHS"),
         (["--sizes", "8-4@8:5", "8-4@8:6"], "a size is there twice: 8-4@8"),

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +13,9 @@ import torch
 
 from rwfx.arguments import check_number
 from rwfx.experiments import accuracy
+from rwfx.experiments.always_sparse import plan as always_sparse_plan
+from rwfx.experiments.always_sparse import run as always_sparse
+from rwfx.experiments.always_sparse.presets import PRESETS
 from rwfx.experiments.data import DATA_SETS
 from rwfx.experiments.frontier import plan as frontier_plan
 from rwfx.experiments.frontier import run as frontier
@@ -21,6 +24,7 @@ from rwfx.experiments.policies import plan as policies_plan
 from rwfx.experiments.policies import run as policies
 from rwfx.experiments.speed import run as speed
 from rwfx.experiments.speed.plan import DTYPES, PARTS, SIZES, Plan, Size, read_parts, read_size
+from rwfx.experiments.speed.sparse_plan import ALWAYS_SPARSE
 from rwfx.experiments.zoo import plan as zoo_plan
 from rwfx.experiments.zoo import run as zoo
 from rwfx.train import OPTIMIZERS
@@ -44,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_speed(commands)
     _add_policies(commands)
     _add_frontier(commands)
+    _add_always_sparse(commands)
     _add_zoo(commands)
     options = parser.parse_args(arguments)
     try:
@@ -214,6 +219,12 @@ def _add_speed(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--eager", action="store_true", help="leave torch.compile out")
     command.add_argument("--masked", action="store_true", help='measure mode="masked" too')
     command.add_argument("--dtype", choices=DTYPES, help="of model and data (default: float32; on cuda bfloat16)")
+    sparse = ALWAYS_SPARSE
+    wide = ",".join(map(str, sparse.scaling_widths))
+    command.add_argument("--width", type=int, default=sparse.width, help=f"of always-sparse (default: {sparse.width})")
+    command.add_argument(
+        "--scaling-widths", type=numbers, default=sparse.scaling_widths, help=f"of always-sparse (default: {wide})"
+    )
     command.add_argument("--out", type=Path, default=Plan.out, help=f"default: {Plan.out}")
     _add_common(command)
     command.set_defaults(run=_run_speed)
@@ -233,6 +244,7 @@ def _run_speed(options: argparse.Namespace) -> None:
         dtype=DTYPES[options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[kind]],
         walk_options=_given(options, WALK_OPTIONS),
         transform_options=_given(options, TRANSFORM_OPTIONS),
+        always_sparse=replace(ALWAYS_SPARSE, width=options.width, scaling_widths=options.scaling_widths),
     )
     speed.run(plan, progress=not options.quiet)
 
@@ -311,6 +323,71 @@ def _run_frontier(options: argparse.Namespace) -> None:
         **_fields_of(frontier_plan.Plan, options), transform_options=_given(options, TRANSFORM_OPTIONS)
     )
     frontier.run(plan, progress=not options.quiet)
+
+
+ALWAYS_SPARSE_OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    "steps": (int, "steps of a run"),
+    "epochs": (float, "instead of steps: passes over the training examples"),
+    "seeds": (int, "how many, counted from 0"),
+    "width": (float, "times the widths of the model"),
+    "hidden": (numbers, "widths between, of the model mlp"),
+    "batch_size": (int, "examples of a step"),
+    "momentum": (float, "of sgd"),
+    "weight_decay": (float, "of the optimizer"),
+    "alpha": (float, "share of the non-zeros that the first update moves, at most"),
+    "interval": (int, "steps from one update of the topology to the next"),
+    "end": (float, "share of the run after which the topology stays as it is"),
+    "gamma": (float, "candidates for each non-zero, of gse"),
+    "evaluations": (int, "of a final run"),
+}
+"""Options of the command always-sparse that are fields of its plan, beside those with few choices."""
+
+
+def _add_always_sparse(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(
+        commands,
+        "always-sparse",
+        always_sparse,
+        "methods that train the non-zeros of a network alone, beside dense networks of both sizes",
+    )
+    plan = always_sparse_plan.Plan()
+    command.add_argument("--preset", choices=PRESETS, help="published settings; what is given beside counts instead")
+    for name, choices in always_sparse_plan.CHOICES.items():
+        default = getattr(plan, name)
+        command.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=f"default: {default}")
+    lists: Lists = {
+        "methods": (names, f"of {','.join(always_sparse_plan.METHODS)}"),
+        "density": (decimals, "shares of the weights' places that have a number"),
+        "lr": (decimals, "learning rates, of which each method has the best at each density"),
+    }
+    for name, (kind, meaning) in lists.items():
+        default = getattr(plan, ALWAYS_SPARSE_LISTS.get(name, name))
+        command.add_argument(f"--{name}", type=kind, help=f"{meaning} (default: {','.join(map(str, default))})")
+    for name, (kind, meaning) in ALWAYS_SPARSE_OPTIONS.items():
+        default = getattr(plan, name)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        told = f"{meaning} (default: {shown})" if default is not None else meaning
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=told)
+    command.add_argument("--augment", type=on_or_off, help="shift and mirror the training images (default: off)")
+    command.add_argument("--data-dir", type=Path, help="folder with the data, in torchvision's layout")
+    command.add_argument("--out", type=Path, help=f"default: {plan.out}")
+    command.add_argument("--device", default="cpu", help="default: cpu")
+    _add_process(command)
+    command.set_defaults(run=_run_always_sparse)
+
+
+ALWAYS_SPARSE_LISTS = {"density": "densities", "lr": "lrs"}
+"""The fields of a plan whose options have other names."""
+
+
+def _run_always_sparse(options: argparse.Namespace) -> None:
+    given = {ALWAYS_SPARSE_LISTS.get(name, name): value for name, value in vars(options).items() if value is not None}
+    settings = PRESETS[options.preset].settings() if options.preset else {}
+    if "steps" in given:
+        settings.pop("epochs", None)
+    plan_fields = {column.name for column in fields(always_sparse_plan.Plan)}
+    settings |= {name: value for name, value in given.items() if name in plan_fields}
+    always_sparse.run(always_sparse_plan.Plan(**settings), progress=not options.quiet)
 
 
 def _add_zoo(commands: argparse._SubParsersAction) -> None:

@@ -7,6 +7,7 @@ index: gathering 128 items one by one, as a ``DataLoader`` does, takes longer th
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -48,6 +49,24 @@ class DataSet:
     def classes(self) -> int:
         """How many different targets there are."""
         return int(self.train_target.max()) + 1
+
+    @property
+    def channels(self) -> int:
+        """Of its images: 3 where F is three squares, 1 where it is a square."""
+        return 1 if math.isqrt(self.features) ** 2 == self.features else 3
+
+    @property
+    def side(self) -> int:
+        """Of its images."""
+        return math.isqrt(self.features // self.channels)
+
+    def as_images(self) -> "DataSet":
+        """Give the same data set with inputs ``(N, channels, side, side)``."""
+        shape = self.side, self.side, self.channels
+        names = ("train_inputs", "test_inputs")
+        return replace(
+            self, **{name: getattr(self, name).unflatten(1, shape).permute(0, 3, 1, 2).contiguous() for name in names}
+        )
 
     def to(self, device: torch.device | str) -> "DataSet":
         """Give the same data set on ``device``."""

@@ -23,6 +23,13 @@ def conditions(device: torch.device | str = "cpu") -> dict[str, str]:
     }
 
 
+def load() -> dict[str, str]:
+    """Say how busy the machine is, where the system tells."""
+    if not hasattr(os, "getloadavg"):
+        return {}
+    return {"load": f"{', '.join(f'{of:.2f}' for of in os.getloadavg())} (of the last 1, 5 and 15 minutes, at the end)"}
+
+
 def cuda_conditions(device: torch.device | str) -> dict[str, str]:
     """Describe how exact a CUDA device's products are, or say that none was measured."""
     if torch.device(device).type != "cuda":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def mlp(widths: Sequence[int], seed: int) -> nn.Sequential:
     """Make a perceptron with ReLUs between linear layers of ``widths``."""
     layers: list[nn.Module] = []
-    with _seeded(seed):
+    with seeded(seed):
         for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
@@ -27,7 +27,7 @@ def character_mlp(vocabulary: int, context: int, embedding: int, hidden: Sequenc
     Source: Y. Bengio, R. Ducharme, P. Vincent, C. Jauvin, "A Neural Probabilistic Language Model", JMLR 2003, without
     its direct connections.
     """
-    with _seeded(seed):
+    with seeded(seed):
         table = nn.Embedding(vocabulary, embedding)
     return nn.Sequential(table, nn.Flatten(), *mlp((context * embedding, *hidden, vocabulary), seed))
 
@@ -39,7 +39,7 @@ def cnn(channels: Sequence[int], side: int, classes: int, seed: int) -> nn.Seque
     """
     layers: list[nn.Module] = []
     left = side // 2 ** (len(channels) - 1)
-    with _seeded(seed):
+    with seeded(seed):
         for inputs, outputs in pairwise(channels):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * left * left, classes))
@@ -52,7 +52,7 @@ def residual_cnn(channels: Sequence[int], blocks: int, classes: int, seed: int) 
     ``(64, 128, 256, 512)`` and 2 it is the ResNet-18 of K. He et al., "Deep Residual Learning for Image Recognition",
     CVPR 2016, with the stem that is used on images of 32 x 32: one convolution, 3 x 3.
     """
-    with _seeded(seed):
+    with seeded(seed):
         layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0])]
         layers.append(nn.ReLU())
         for k, (inputs, outputs) in enumerate(pairwise((channels[0], *channels))):
@@ -78,13 +78,13 @@ class _Residual(nn.Module):
 
 def sentence_transformer(words: int, length: int, width: int, heads: int, blocks: int, seed: int) -> nn.Module:
     """Make a transformer that tells two classes of sentences: ``(B, length)`` int64, 0 being blank, to ``(B, 2)``."""
-    with _seeded(seed):
+    with seeded(seed):
         return SentenceTransformer(words, length, width, heads, blocks)
 
 
 def encoder(width: int, heads: int, blocks: int, classes: int, seed: int) -> nn.Module:
     """Make blocks of a transformer and a head on the mean of the tokens: ``(B, L, width)`` to ``(B, classes)``."""
-    with _seeded(seed):
+    with seeded(seed):
         return Encoder(width, heads, blocks, classes)
 
 
@@ -153,7 +153,7 @@ class _Block(nn.Module):
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Draw what is drawn in the block from ``seed``, and leave the streams outside as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -54,11 +54,6 @@ class Result(Entry):
     metric: float
 
 
-def entry_of(line: Entry) -> Entry:
-    """Give the entry that a line is about."""
-    return Entry(line.task, line.contender, line.batch, line.lr, line.share, line.seed)
-
-
 def plan_of(plan: Plan, task: Task) -> str:
     """Say what decides the numbers of a run besides its entry."""
     options = "".join(f", {name} {value}" for name, value in sorted(plan.transform_options.items()))

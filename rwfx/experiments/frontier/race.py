@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 from tqdm.auto import tqdm
 
+from rwfx.experiments.book import Book
 from rwfx.experiments.frontier import figures
-from rwfx.experiments.frontier.book import Book
 from rwfx.experiments.frontier.contenders import CONTENDERS, trainer_of
 from rwfx.experiments.frontier.cost import products_of
 from rwfx.experiments.frontier.entries import Entry, Result, Trial, plan_of

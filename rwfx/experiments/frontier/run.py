@@ -17,7 +17,7 @@ import os
 
 from tqdm.auto import tqdm
 
-from rwfx.experiments.frontier.book import Book
+from rwfx.experiments.book import Book
 from rwfx.experiments.frontier.entries import Result, Trial
 from rwfx.experiments.frontier.plan import Plan, check_plan
 from rwfx.experiments.frontier.race import Race

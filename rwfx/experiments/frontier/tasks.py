@@ -57,14 +57,9 @@ def _noisy(plan: Setting) -> Task:
 
 def _cifar10(plan: Setting) -> Task:
     data = load("cifar10", plan.data_dir)
-    side = 32
-    inputs = {
-        name: getattr(data, name).unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
-        for name in ("train_inputs", "test_inputs")
-    }
     widths = ", ".join(map(str, CHANNELS[1:]))
     return _task(
-        plan, replace(data, **inputs), partial(cnn, CHANNELS, side, 10), f"convolutions 3 x 3 of {widths} channels"
+        plan, data.as_images(), partial(cnn, CHANNELS, data.side, 10), f"convolutions 3 x 3 of {widths} channels"
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rwfx.experiments.models import encoder, residual_cnn
+from rwfx.experiments.speed.sparse_plan import ALWAYS_SPARSE, AlwaysSparse, check_always_sparse
 
 PARTS = {
     "steps": "Step times",
@@ -24,6 +25,7 @@ PARTS = {
     "memory": "Memory",
     "sampler": "The row sampler by itself",
     "build": "Building and compiling",
+    "always-sparse": "Always-sparse training",
 }
 """The parts of a measurement, in the order in which they are taken, and their titles."""
 
@@ -150,6 +152,7 @@ class Plan:
     walk_options: dict[str, Any] = field(default_factory=dict)
     transform_options: dict[str, Any] = field(default_factory=dict)
     draws: Draws = Draws()
+    always_sparse: AlwaysSparse = ALWAYS_SPARSE
     deep_layers: int = 100
     """Layers of the network whose transformation is timed."""
     repeats: int = 5
@@ -194,6 +197,7 @@ def check_plan(plan: Plan) -> None:
     for name, given in {"rounds": plan.rounds, "repeats": plan.repeats}.items():
         if given < 1:
             raise ValueError(f"{name} must be at least 1; given {given}.")
+    check_always_sparse(plan.always_sparse)
     ((most, count),) = Counter((size.name, size.batch_size) for size in plan.sizes).most_common(1)
     if count > 1:
         raise ValueError(f"a size is there twice: {most[0]}@{most[1]}. Give all its numbers of paths at once.")

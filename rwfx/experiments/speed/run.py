@@ -4,8 +4,8 @@
 
 The parts: *steps*, times of steps and of their parts, all contenders in turn; *examples*, steps that leave out
 examples as well; *networks*, steps of convolutions and of attention; *memory*, the peak and what a step keeps;
-*sampler*, drawing rows by itself and how it grows; *build*, transforming and compiling. Each writes a CSV, and
-``speed.md`` gets its tables and the conditions as soon as it is done.
+*sampler*, drawing rows by itself and how it grows; *build*, transforming and compiling; *always-sparse*, steps on the
+non-zeros alone. Each writes a CSV, and ``speed.md`` gets its tables and the conditions as soon as it is done.
 """
 
 import os
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from rwfx.experiments.extras import require
 from rwfx.experiments.machine import as_markdown, check_device, conditions, cuda_conditions
 from rwfx.experiments.models import mlp
-from rwfx.experiments.speed import building, memory, networks, sampler, steps, thin
+from rwfx.experiments.speed import always_sparse, building, memory, networks, sampler, steps, thin
 from rwfx.experiments.speed.contenders import SEED, sparsify
 from rwfx.experiments.speed.plan import PARTS, Plan, check_plan
 from rwfx.files import replacing
@@ -27,6 +27,7 @@ MEASURES: dict[str, Callable[[Plan, bool], str]] = {
     "memory": memory.run,
     "sampler": sampler.run,
     "build": building.run,
+    "always-sparse": always_sparse.run,
 }
 """What measures each part: it writes the part's files and returns its tables."""
 
@@ -57,6 +58,7 @@ def check(plan: Plan) -> None:
         memory.check_memory(plan)
     if "sampler" in plan.parts:
         sampler.check_draws(plan.draws)
+    if {"sampler", "always-sparse"} & {*plan.parts}:
         require("matplotlib")
     try:
         plan.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,130 @@
+"""How an always-sparse step, and an update of its topology, grow with the width, at a fixed number of non-zeros a row.
+
+In: a ``Plan``. Out: ``always_sparse_scaling.csv``, a figure and a table. At every width turns are taken by the *step*
+of a sparse perceptron, and by steps after each of which GSE, or RigL, updates the topology. What such a step takes
+above the plain one, pair by pair, is an *update*: finding the candidates and their gradients in the backward pass, and
+moving the non-zeros. RigL makes a dense gradient of one weight at a time, as far as it may be as large.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from tqdm.auto import tqdm
+
+import rwfx
+from rwfx.experiments.speed.contenders import batch_loss, train_step
+from rwfx.experiments.speed.plan import Plan, Size
+from rwfx.experiments.speed.sparse_figures import draw_scaling
+from rwfx.experiments.speed.sparse_steps import sparse_mlp
+from rwfx.experiments.speed.turns import Call, Spread, ratios, take_turns
+from rwfx.experiments.tables import markdown, write_csv
+
+UPDATES = {"gse": "GSE's update", "rigl": "RigL's update"}
+"""The methods, and what the table calls what they do."""
+
+
+@dataclass(frozen=True)
+class ScalingTurn:
+    """The time of one turn, per step."""
+
+    width: int
+    layers: int
+    batch_size: int
+    nonzeros: int
+    """Of all weights."""
+    contender: str
+    """``step``, or the method that updates the topology after it."""
+    round: int
+    milliseconds: float
+
+
+LEGEND = (
+    "*growth*: over that of half the width. Medians [least - greatest] over the rounds, ratios and differences of "
+    "pairs taken in one round. An update is what a step with one takes above a step without."
+)
+
+
+def run(plan: Plan, progress: bool) -> str:
+    """Measure, write the files and give the table."""
+    turns = measure(plan, progress)
+    write_csv(plan.out / "always_sparse_scaling.csv", ScalingTurn, turns)
+    found = series(turns)
+    draw_scaling(
+        {name: {width: Spread.of(times) for width, times in of.items()} for name, of in found.items()},
+        f"{plan.always_sparse.row_nonzeros} non-zeros a row, batch {plan.always_sparse.batch_size}",
+        plan.out / "always_sparse_scaling.png",
+    )
+    return table(plan, found)
+
+
+def measure(plan: Plan, progress: bool) -> list[ScalingTurn]:
+    """Give every contender of every width its turns."""
+    of = plan.always_sparse
+    entered: list[tuple[int, int, str, Call]] = []
+    with tqdm(desc="scaling: building", unit="turn", mininterval=0.5, disable=not progress) as bar:
+        for width in of.scaling_widths:
+            for method in ("static", *UPDATES):
+                if method == "rigl" and width**2 * plan.dtype.itemsize > of.dense_bytes:
+                    continue
+                entered.append((width, *_contender(plan, width, method)))
+        bar.reset(total=len(entered) * (plan.rounds + 1))
+        bar.set_description("scaling")
+        turns = []
+        for number, place, spent in take_turns([call for *_, call in entered], plan.rounds, plan.device, bar):
+            width, nonzeros, contender, _ = entered[place]
+            turns.append(ScalingTurn(width, of.layers, of.batch_size, nonzeros, contender, number, spent))
+    return turns
+
+
+def series(turns: Sequence[ScalingTurn]) -> dict[str, dict[int, list[float]]]:
+    """Give the milliseconds of a step and of each method's update, by width, in each round."""
+    times: dict[tuple[str, int], list[float]] = {}
+    for turn in turns:
+        times.setdefault((turn.contender, turn.width), []).append(turn.milliseconds)
+    found: dict[str, dict[int, list[float]]] = {"step": {}, **{method: {} for method in UPDATES}}
+    for (contender, width), spent in times.items():
+        plain = times["step", width]
+        found[contender][width] = (
+            spent if contender == "step" else [whole - step for whole, step in zip(spent, plain, strict=True)]
+        )
+    return {name: of for name, of in found.items() if of}
+
+
+def table(plan: Plan, found: dict[str, dict[int, list[float]]]) -> str:
+    """Give a line per width."""
+    of = plan.always_sparse
+    header = ["width", "density", "non-zeros a weight"]
+    for name in found:
+        header += [f"{UPDATES.get(name, 'step')}, ms", "growth"]
+    half = dict((wide, narrow) for narrow, wide in pairwise(sorted(found["step"])))
+    cells = []
+    for width in sorted(found["step"]):
+        row = [str(width), f"{of.row_nonzeros / width:.3%}", f"{of.row_nonzeros * width:,}"]
+        for times in found.values():
+            if width not in times:
+                row += ["", ""]
+                continue
+            growth = "" if width not in half else str(Spread.of(ratios(times[width], times[half[width]])))
+            row += [str(Spread.of(times[width])), growth]
+        cells.append(row)
+    return f"{markdown(header, cells)}\n\n{LEGEND}"
+
+
+def _contender(plan: Plan, width: int, method: str) -> tuple[int, str, Call]:
+    """The non-zeros of a network, its name in the table, and its step."""
+    of = plan.always_sparse
+    widths = (width,) * (of.layers + 1)
+    network = sparse_mlp(plan, widths, of.row_nonzeros / width)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    step = train_step(batch_loss(plan, Size(widths, of.batch_size, ()), network), optimizer)
+    if method == "static":
+        return network.nnz, "step", step
+    topology = rwfx.Topology(network, optimizer, method, interval=1, schedule="constant")
+
+    def updated() -> None:
+        step()
+        topology.step()
+
+    return network.nnz, method, updated
