@@ -146,6 +146,12 @@ class Topology:
         self._look(first=True)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """How connections move: what must be the same for a run to be the same run."""
+        names = "method", "alpha", "interval", "end", "schedule", "scope", "options"
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def updates(self) -> int:
         """How many updates there were."""
         return len(self.history)
