@@ -116,8 +116,6 @@ class RandomWalkTrainer:
             raise ValueError(f"checkpoint_every={checkpoint_every} needs a file: give checkpoint=PATH.")
         if mode == "full" and transform_options:
             raise ValueError(f"mode 'full' transforms nothing, so it takes no {sorted(transform_options)}.")
-        if mode == "always_sparse" and num_paths is not None:
-            raise ValueError(f"mode 'always_sparse' walks nowhere, so it takes no num_paths={num_paths}.")
         if mode != "always_sparse" and topology is not None:
             raise ValueError(f"mode {mode!r} moves no connections, so it takes no topology={topology!r}.")
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
