@@ -21,8 +21,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rwfx.files import replacing
+from rwfx.sparse_weight import SparseWeight
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Checkpoint:
     optimizer: dict[str, Any]
     sampler: dict[str, Tensor]
     """The row sampler's private random stream and last rows; empty for a dense run."""
+    topology: dict[str, Any]
+    """The topology's state; empty where no connections move."""
     history: dict[str, list[Any]]
     epoch: int
     batch: int
@@ -95,11 +98,20 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
 
 
 def shapes(model: nn.Module) -> dict[str, str]:
-    """Give each ``state_dict`` entry's dtype and shape, in words."""
-    return {
+    """Give each ``state_dict`` entry's dtype and shape, in words; of a sparse weight that of the dense one.
+
+    How many non-zeros it has may change while it trains.
+    """
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseWeight)}
+    within = tuple(f"{name}." for name in sparse)
+    dense = {
         f"model entry {name!r}": f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
         for name, value in model.state_dict().items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and not name.startswith(within)
+    }
+    return dense | {
+        f"sparse weight {name!r}": f"{str(weight.values.dtype).removeprefix('torch.')} {tuple(weight.shape)}"
+        for name, weight in sparse.items()
     }
 
 

@@ -1,17 +1,18 @@
-"""Train a model with row-sparse, masked or plain dense steps, and record what each step cost.
+"""Train a model with row-sparse, masked, always-sparse or plain dense steps, and record what each step cost.
 
 In: a model and a loader of batches ``(input, ..., target)``. Out: the model, trained in place, and its
 ``History``.
 
 ``rw_sparse`` trains ``rwfx.transform(model, mode="sparse", grad="rows")`` and ``rw_masked`` the same with
-``mode="masked"``, both with ``rwfx.optim``; ``full`` trains the model as it is with ``torch.optim``; all fused.
+``mode="masked"``, both with ``rwfx.optim``; ``full`` trains the model as it is with ``torch.optim``, and
+``always_sparse`` what ``rwfx.sparsify(model)`` makes, with a ``rwfx.Topology``; all fused.
 """
 
 import copy
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ from rwfx.checkpoint import (
 )
 from rwfx.cost import dense_flops, updated_scalars
 from rwfx.history import History, Record
+from rwfx.sparsified import SparsifiedModule
+from rwfx.sparsify import sparsify
+from rwfx.topology import Topology
 from rwfx.transform import transform
 from rwfx.transformed import Transformed
 
-MODES = {"rw_sparse": "sparse", "rw_masked": "masked", "full": None}
-"""The trainer's modes, and the ``mode`` of ``rwfx.transform`` that each one trains with."""
+MODES = {"rw_sparse": "sparse", "rw_masked": "masked", "always_sparse": None, "full": None}
+"""The trainer's modes, and the ``mode`` of ``rwfx.transform`` that each one trains with, if it does."""
 
 IGNORED = -100
 """The target that ``F.cross_entropy`` leaves out."""
@@ -49,16 +53,17 @@ class RandomWalkTrainer:
     """Trains ``model`` on the rows that random walks visit, or densely, to compare with.
 
     Attributes:
-        model: the given model; its parameters are the ones that are trained.
-        network: the module that is stepped: what ``rwfx.transform`` made (with its ``rows`` and ``report``),
-            or the model itself in mode ``"full"``.
+        model: the given model; its parameters are the ones that are trained, but in mode ``"always_sparse"``.
+        network: the module that is stepped: what ``rwfx.transform`` made (with its ``rows`` and ``report``), what
+            ``rwfx.sparsify`` made, with parameters of its own, or the model itself in mode ``"full"``.
+        topology: what moves the connections in mode ``"always_sparse"``; None in others.
         optimizer: the optimizer of the model's trainable parameters.
         history: what the steps so far have done.
 
     Args:
         model: any model that ``rwfx.transform`` takes; in mode ``"full"``, any model.
         mode: a key of ``MODES``.
-        num_paths: walks a step, by default as in ``rwfx.transform``; mode ``"full"`` has none. Other row policies are
+        num_paths: walks a step, by default as in ``rwfx.transform``; other modes have none. Other row policies are
             among the options of ``rwfx.transform``: ``rows=rwfx.TopK(0.1)``.
         optimizer: a key of ``OPTIMIZERS``, or a function from the list of parameters to an ``Optimizer`` (one
             that takes row gradients, unless the mode is ``"full"`` or ``grad="dense"`` is among the options).
@@ -67,13 +72,14 @@ class RandomWalkTrainer:
         epochs: passes over the loader in a ``fit``.
         device: where to train; the model is moved there. By default it stays where its parameters are.
         compile: step through ``torch.compile``; the first step's seconds then include the compilation.
-        seed: of the row sampler's own stream. Everything else (dropout, shuffling) follows the global
-            generators and the loader's, which the trainer never seeds.
+        seed: of the row sampler's own stream, or of the sparse weights and their topology. Everything else (dropout,
+            shuffling) follows the global generators and the loader's, which the trainer never seeds.
         checkpoint: a file to write the run to, so that it can be resumed.
         checkpoint_every: steps between two checkpoints, besides the one at the end; by default one an epoch.
         eval_every: steps between two evaluations, besides the one at the end; by default one an epoch.
         progress: show a progress bar.
-        transform_options: further arguments of ``rwfx.transform``.
+        topology: arguments of ``rwfx.Topology`` in mode ``"always_sparse"``: ``{"interval": 100, "end": 3000}``.
+        transform_options: further arguments of ``rwfx.transform``, in mode ``"always_sparse"`` of ``rwfx.sparsify``.
 
     Raises:
         ValueError: an argument is outside what is allowed, or the model has nothing to train.
@@ -96,6 +102,7 @@ class RandomWalkTrainer:
         checkpoint_every: int | None = None,
         eval_every: int | None = None,
         progress: bool = True,
+        topology: Mapping[str, Any] | None = None,
         **transform_options: Any,
     ) -> None:
         _check_choice("mode", mode, MODES)
@@ -107,8 +114,10 @@ class RandomWalkTrainer:
             raise ValueError(f"model must be an nn.Module, given {type(model).__name__}.")
         if checkpoint_every is not None and checkpoint is None:
             raise ValueError(f"checkpoint_every={checkpoint_every} needs a file: give checkpoint=PATH.")
-        if MODES[mode] is None and transform_options:
+        if mode == "full" and transform_options:
             raise ValueError(f"mode 'full' transforms nothing, so it takes no {sorted(transform_options)}.")
+        if mode != "always_sparse" and topology is not None:
+            raise ValueError(f"mode {mode!r} moves no connections, so it takes no topology={topology!r}.")
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters:
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train.")
@@ -121,10 +130,16 @@ class RandomWalkTrainer:
             options = {"grad": "rows", **transform_options}
             self.network = sparse_model = transform(self.model, num_paths, mode=how, seed=seed, **options)
             namesakes = rwfx.optim
+        elif mode == "always_sparse":
+            self.network = sparsify(self.model, seed=seed, **transform_options)
+            parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if isinstance(optimizer, str):
             self.optimizer = getattr(namesakes, OPTIMIZERS[optimizer])(parameters, lr=lr, fused=True)
         else:
             self.optimizer = optimizer(parameters)
+        self.topology = None
+        if mode == "always_sparse":
+            self.topology = Topology(self.network, self.optimizer, **{"seed": seed, **(topology or {})})
         self.history = History()
         self.loss_fn = loss_fn
         self.epochs = epochs
@@ -136,6 +151,9 @@ class RandomWalkTrainer:
         if how is not None:
             policy = sparse_model.settings["rows"]
             self._settings |= {"rows": _worded(policy), "seed": seed, **_described(transform_options)}
+        elif self.topology is not None:
+            self._settings |= {name: _worded(value) for name, value in self.topology.settings.items()}
+            self._settings |= {"weights": _worded(self.network.settings)}
         self._stepped = torch.compile(self.network) if compile else self.network
         self._parameters = parameters
         self._dense_flops: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
@@ -261,6 +279,8 @@ class RandomWalkTrainer:
         loss = self.loss_fn(self._stepped(*inputs), target)
         loss.backward()
         self.optimizer.step()
+        if self.topology is not None:
+            self.topology.step()
         seconds = self._clock() - started
         past = self.history[-1] if len(self.history) else Record(0, 0.0, 0, 0, 0.0)
         return Record(
@@ -275,16 +295,30 @@ class RandomWalkTrainer:
         """Count the operations of a step on ``inputs`` with the rows of the last training forward.
 
         A dense step's are counted as it is done, once for every shape of the inputs; of those of the linear calls a
-        sparse step does its share by the network's report.
+        sparse step does its share by the network's report. Of an always-sparse step the products with weights are those
+        of its report, with an update's in the mean.
         """
         shapes = tuple(value.shape for value in inputs)
         if shapes not in self._dense_flops:
             self._dense_flops[shapes] = dense_flops(self.model, inputs)
         dense, linear = self._dense_flops[shapes]
+        if self.topology is not None:
+            return self._always_sparse_flops(dense, len(inputs[0]))
         if not isinstance(self.network, Transformed):
             return dense
         one = self.network.report.flops(1)
         return dense - linear + linear * one.total // one.dense_total
+
+    def _always_sparse_flops(self, dense: int, examples: int) -> int:
+        assert isinstance(self.network, SparsifiedModule)
+        assert self.topology is not None
+        report = self.network.report
+        if report.flops is None:  # its places are not known, and the share of all is as good as can be said
+            return round(dense * report.density)
+        step = report.flops.executed(
+            self.topology.method, self.topology.interval, self.topology.options.get("gamma", 1.0)
+        )
+        return round(dense + examples * (step - report.flops.executed_dense))
 
     def evaluate(self, loader: Iterable) -> float:
         """Measure the share of ``loader``'s targets that the largest output names."""
@@ -335,6 +369,7 @@ class RandomWalkTrainer:
                 model=self.network.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 sampler=self._sampler_state(),
+                topology=self._topology_state(),
                 history=self.history.columns(),
                 epoch=epoch,
                 batch=batch,
@@ -345,15 +380,18 @@ class RandomWalkTrainer:
 
     def _restore(self, train_loader: Iterable) -> Checkpoint:
         """Take on the state in the checkpoint file, all but the random streams, or change nothing."""
-        before = copy.deepcopy((self.network.state_dict(), self.optimizer.state_dict(), self._sampler_state()))
+        parts = self.network.state_dict(), self.optimizer.state_dict(), self._sampler_state(), self._topology_state()
+        before = copy.deepcopy(parts)
         try:
             return self._take_on(train_loader)
         except Exception as error:
-            model, optimizer, sampler = before
+            model, optimizer, sampler, topology = before
             self.network.load_state_dict(model)
             self.optimizer.load_state_dict(optimizer)
             if isinstance(self.network, Transformed):
                 self.network.load_sampler_state(sampler)
+            if self.topology is not None:
+                self.topology.load_state_dict(topology)
             if isinstance(error, ValueError) and "checkpoint" in str(error):
                 raise
             raise ValueError(
@@ -363,6 +401,9 @@ class RandomWalkTrainer:
 
     def _sampler_state(self) -> dict[str, Tensor]:
         return self.network.sampler_state() if isinstance(self.network, Transformed) else {}
+
+    def _topology_state(self) -> dict[str, Any]:
+        return {} if self.topology is None else self.topology.state_dict()
 
     def _take_on(self, train_loader: Iterable) -> Checkpoint:
         assert self.checkpoint is not None
@@ -380,6 +421,8 @@ class RandomWalkTrainer:
         if isinstance(self.network, Transformed):
             self.network.load_sampler_state(saved.sampler)
         self.network.load_state_dict(saved.model)
+        if self.topology is not None:
+            self.topology.load_state_dict(saved.topology)
         generators = loader_generators(train_loader)
         with random_state_kept():
             kept = [generator.get_state() for generator in generators]

@@ -49,11 +49,14 @@ def make_trainer(mode, path=None, **options):
     seed_everything(1)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
     options = {"epochs": EPOCHS, "lr": 0.01, "checkpoint": path, "progress": False, **options}
+    if mode == "always_sparse":
+        topology = {"interval": 3, "end": 20, "scope": "global"}
+        return RandomWalkTrainer(model, mode, density=0.3, topology=topology, **options)
     return RandomWalkTrainer(model, mode, num_paths=3, **options)
 
 
 def weights(trainer):
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.network.state_dict().items()}
 
 
 def run(mode, loader, path, telling, ends=True):

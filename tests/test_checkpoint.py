@@ -26,6 +26,7 @@ RESUMED = [
     ("rw_sparse", loader, every) for loader in (global_order, own_order, sampler_order) for every in (1, 5, None)
 ]
 RESUMED += [("rw_masked", own_order, 5), ("full", global_order, 5), ("full", own_order, 1)]
+RESUMED += [("always_sparse", global_order, 5), ("always_sparse", own_order, 1)]
 
 
 @pytest.mark.parametrize(("mode", "loader", "every"), RESUMED)
@@ -62,7 +63,13 @@ def test_a_run_with_evaluations_is_the_run_without_them():
 
 
 @pytest.mark.parametrize(
-    ("mode", "loader"), [("rw_sparse", "global_order"), ("rw_masked", "sampler_order"), ("full", "own_order")]
+    ("mode", "loader"),
+    [
+        ("rw_sparse", "global_order"),
+        ("rw_masked", "sampler_order"),
+        ("always_sparse", "global_order"),
+        ("full", "own_order"),
+    ],
 )
 def test_a_process_killed_at_random_steps_and_started_again_ends_with_the_same_weights(mode, loader, tmp_path):
     processes = multiprocessing.get_context("forkserver")

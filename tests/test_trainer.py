@@ -113,6 +113,22 @@ def dense_count(batch):
     return 3 * sum(forward) - forward[0]  # the input needs no gradient
 
 
+def test_always_sparse_trains_a_model_of_its_own_whose_connections_move():
+    model = make_model()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    topology = {"interval": 4, "end": 60, "distribution": "grabo"}
+    trainer = make_trainer("always_sparse", model=model, epochs=25, density=0.5, lr=0.02, topology=topology)
+    nonzeros = trainer.network.nnz
+    history = trainer.fit(make_loader(), make_loader())
+    assert history.test_accuracy[-1] > 0.9
+    assert trainer.topology.updates == min(15, len(history) // 4)
+    assert trainer.network.nnz == nonzeros
+    assert all(torch.equal(new, old) for new, old in zip(model.parameters(), before, strict=True))
+    report = trainer.network.report.flops
+    step = dense_count(BATCH) + BATCH * (report.executed("gse", 4, 1.0) - report.executed_dense)
+    assert history.flops == [round(step) * n for n in history.step]
+
+
 def test_full_costs_every_parameter_and_every_dense_operation():
     history = make_trainer().fit(make_loader())
     scalars = sum(parameter.numel() for parameter in make_model().parameters())
@@ -240,7 +256,7 @@ def test_the_history_as_csv_is_the_history(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"mode": "sparse"}, "mode must be one of 'rw_sparse', 'rw_masked', 'full'; given 'sparse'"),
+        ({"mode": "sparse"}, "mode must be one of 'rw_sparse', 'rw_masked', 'always_sparse', 'full'; given 'sparse'"),
         ({"mode": None}, "given None"),
         ({"num_paths": 0}, "num_paths must be a whole number from 1 or None; given 0"),
         ({"num_paths": "50"}, "num_paths must be a whole number from 1 or None; given '50'"),
@@ -252,6 +268,7 @@ def test_the_history_as_csv_is_the_history(tmp_path):
         ({"optimizer": "rmsprop"}, "optimizer must be one of 'sgd', 'adam', 'adamw' or a function"),
         ({"optimizer": 3}, "given 3"),
         ({"epsilon": 0.1}, "'full' transforms nothing, so it takes no ['epsilon']"),
+        ({"topology": {"end": 9}}, "mode 'full' moves no connections, so it takes no topology={'end': 9}"),
         ({"model": "mlp"}, "model must be an nn.Module, given str"),
         ({"model": nn.ReLU()}, "ReLU has no parameter that requires a gradient"),
     ],

@@ -27,7 +27,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from rwfx.sparse_weight import SparseWeight
-from rwfx.topology.moving import carry_state, move
+from rwfx.topology.moving import Way, move
 from rwfx.topology.ranks import agree_on_mean
 
 
@@ -100,7 +100,7 @@ class _Explored:
         new = move(weight, keys.to(values.device), optimizer)
         weight.values.detach().copy_(self.theta[keys])
         before, after = self.probe.keys, explored.to(values.device)
-        carry_state(optimizer, self.values, before, after)
+        Way.between(before, after).carry_state(optimizer, self.values)
         before.copy_(after)
         values.copy_(self.theta[explored])
         return new
