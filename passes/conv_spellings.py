@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from rwfx.computed_weights import computed_from
 from rwfx.passes.parameters import is_plain, parameter_of
 from rwfx.passes.spellings import Call, Spelling, operands_of
 
@@ -112,6 +113,8 @@ def _convolution_of_any_size(gm: GraphModule, node: Node) -> Call | None:
 
 def _kernel(gm: GraphModule, weight: Any) -> Sequence[int]:
     parameter = parameter_of(gm, weight)
+    if parameter is None:
+        parameter = computed_from(gm, weight)
     return [] if parameter is None else parameter.shape[2:]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from rwfx.computed_weights import computed_from
 from rwfx.passes import conv_spellings
 from rwfx.passes.conv_spellings import CONV_CALLS, CONV_MODULES, TRANSPOSED
 from rwfx.passes.parameters import parameter_of
@@ -27,11 +28,12 @@ def normalize(gm: GraphModule) -> GraphModule:
     """Spell ``nn.Linear``, ``x @ w.t()``, ``nn.Conv2d``, ``aten.conv2d``, ... as calls of ``torch.nn.functional``.
 
     A linear call is ``F.linear(x, weight, bias)``, where the weight may be a view of a parameter
-    (``rwfx.weight_views``): of ``x @ w`` it is ``w.t()``. A convolution is ``F.conv2d(x, weight, bias, stride, padding,
-    dilation, groups)`` or ``F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)``,
-    with lists of numbers. Each spelling ends in the same kernel, so the outputs stay the same bit for bit. What does
-    more than its class (hooks, a parametrization, a forward of its own) and what has a symbolic option is left as it
-    is.
+    (``rwfx.weight_views``): of ``x @ w`` it is ``w.t()``; or be computed from one (``rwfx.computed_weights``), as that
+    of a convolution may. A convolution is ``F.conv2d(x, weight, bias, stride, padding, dilation, groups)`` or
+    ``F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)``, with lists of numbers.
+    Each spelling ends in the same kernel, so the outputs stay the same bit for bit. What does more than its class
+    (hooks, a forward of its own, a parametrization that is called as a whole) and what has a symbolic option is left as
+    it is.
     """
     graph = copy.deepcopy(gm.graph)
     for node in list(graph.nodes):
@@ -103,9 +105,13 @@ def _weight(
     """The weight that a node, or its transpose, is to a call of ``target`` that adds ``bias``."""
     if target is F.linear:
         found, vector = view_of(gm, node, transpose), like_view(gm, bias)
+        if found is None and not transpose and (image_of := computed_from(gm, node)) is not None:
+            found = (image_of, View(computed=True)) if image_of.dim() == 2 else None
         if found is None or vector is None:
             return found
         # A bias of another shape is broadcast: its entries are not those of the rows.
         return found if vector[1].shape == found[1].of(found[0]).shape[:1] else None
-    parameter = parameter_of(gm, node)
-    return (parameter, View()) if parameter is not None and parameter.dim() == 2 + WEIGHTED[target] else None
+    parameter, view = parameter_of(gm, node), View()
+    if parameter is None:
+        parameter, view = computed_from(gm, node), View(computed=True)
+    return (parameter, view) if parameter is not None and parameter.dim() == 2 + WEIGHTED[target] else None

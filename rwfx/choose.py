@@ -21,6 +21,7 @@ from rwfx.passes.sample_rows import RowNodes
 from rwfx.passes.sparse_backward import SPARSE
 from rwfx.passes.weights import weights_of
 from rwfx.policies import Densities, Magnitude, Policy, TopK
+from rwfx.readers import readers_of
 from rwfx.report import Line
 from rwfx.roles import heads_of, roles_of, vocabularies_of
 from rwfx.row_gradients import all_or_none, why_no_row_gradient
@@ -47,7 +48,7 @@ def lines_of(
 
     ``left_out``: the weights that are not asked for, each with the reason.
     """
-    calls = {node.name: node for node in gm.graph.nodes}
+    calls, readers = {node.name: node for node in gm.graph.nodes}, readers_of(gm)
     lines = []
     for weight in graph.names:
         uses = [use for use in graph.uses if use.weight == weight]
@@ -74,7 +75,7 @@ def lines_of(
         elif any(use.transposed for use in uses) and isinstance(policy, Magnitude):
             reason = "the rows of a transposed convolution are not its weight's first dimension: they have no norms"
         else:
-            reason = why_no_row_gradient(gm, graph, weight, policy) if grad == "rows" else ""
+            reason = why_no_row_gradient(gm, graph, weight, policy, calls, readers) if grad == "rows" else ""
         # A module with weights of its own, or a call on a view of one, is taken to give its input a gradient.
         takers = [calls[use.node] for use in uses]
         input_grads = sum(not _is_plain(gm, call) or needs_gradient(gm, call.args[0]) for call in takers)
@@ -89,7 +90,7 @@ def lines_of(
         if parameter.dim() >= 2 and name not in used:
             owner = type(captured.host.get_submodule(name.rpartition(".")[0])).__name__
             reason = f"no plain linear call or convolution uses it (it belongs to {owner})"
-            if why := why_unweighted(gm, parameter):
+            if why := why_unweighted(gm, parameter, readers):
                 reason += f": {why}"
             size = parameter.element_size()
             lines.append(Line(name, parameter.shape[0], parameter[0].numel(), 0, 0, reason, itemsize=size))

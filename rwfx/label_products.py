@@ -5,8 +5,8 @@ Where only one of the two differs along its own dimension of the output, it is w
 and the other one holds *coefficients*, as attention's probabilities do: a walk goes on at the value or, with
 probability ``COEFFICIENTS``, at the coefficients. Those come from ``q @ k.t()``, where neither differs: all the rows of
 a head of the queries and of the keys, one as likely as another. So a walk at an output of attention follows its value
-row with probability 1/2 and the query rows and the key rows of its head with 1/4 each. Otherwise both sides count as
-added.
+row with probability 1/2 and the query rows and the key rows of its head with 1/4 each. A bias that is added before
+the softmax, as one of relative positions, is one more of those rows. Otherwise both sides count as added.
 """
 
 import torch
@@ -37,19 +37,24 @@ def add_matmul(run, function, args, kwargs):
 
 
 def attention(run, function, args, kwargs):
-    """``softmax(q @ k.transpose(-1, -2)) @ v``, by heads."""
+    """``softmax(q @ k.transpose(-1, -2) + bias) @ v``, by heads."""
     operands = with_shapes(operands_of(args, kwargs))
     if not operands:
         return run.anything(run.operation, operands_of(args, kwargs))
     q, k, v = operands[:3]
     heads = q.ids.shape[-3] if q.ids.dim() > 2 else 1
     keys, values = (_repeated(x.ids, heads) for x in (k, v))
-    return Labels(attend(run, q.ids, keys, values))
+    bias = next((x.ids for x in operands[3:] if has_rows(x)), None)
+    return Labels(attend(run, q.ids, keys, values, bias))
 
 
-def attend(run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The ids of the attention of queries, keys and values ``(..., tokens, numbers of a head)``."""
-    return _product(run, _product(run, q, k.transpose(-1, -2)), v)
+def attend(run, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The ids of the attention of queries, keys and values ``(..., tokens, numbers of a head)``.
+
+    ``bias``: of what is added before the softmax, as a learned bias of relative positions.
+    """
+    scores = _product(run, q, k.transpose(-1, -2))
+    return _product(run, scores if bias is None else run.meet([*torch.broadcast_tensors(scores, bias)]), v)
 
 
 def einsum(run, function, args, kwargs):

@@ -92,7 +92,7 @@ class LabelRun(fx.Interpreter):
         """A call of a function: on a weight, or by its rule."""
         weight = self.weights.get(self.node)
         if weight is not None and target is not F.linear:
-            return self.convolution(args[0], weight.of(self.gm), target, args[3:])
+            return self.convolution(args[0], weight.name, weight.of(self.gm), target, args[3:])
         if weight is not None:
             return self.linear(args[0], weight.name, weight.of(self.gm).shape)
         return self.apply(spelled(target), target, args, kwargs)
@@ -172,7 +172,7 @@ class LabelRun(fx.Interpreter):
         return Labels(ids.expand(*lead, len(ids)))
 
     def convolution(
-        self, x: Labels | Everywhere, weight: Tensor, target: Callable[..., Any], options: Any
+        self, x: Labels | Everywhere, name: str, weight: Tensor, target: Callable[..., Any], options: Any
     ) -> Labels | Everywhere:
         """The same of a convolution, whose features and rows are channels."""
         transposed, spatial = target in TRANSPOSED, CONVOLUTIONS[target]
@@ -188,7 +188,7 @@ class LabelRun(fx.Interpreter):
             if x.ids.shape[channels] != features:
                 raise UnknownShape(f"{self.node.name} takes {features} channels and was given {x.ids.shape[channels]}")
             feature_map = self.features_of(x.ids, channels)
-        ids = self.use(weight, rows, feature_map, groups, weight.shape[2:].numel(), transposed)
+        ids = self.register.use(name, rows, feature_map, groups, weight.shape[2:].numel(), transposed)
         if isinstance(x, Everywhere):
             self.register.notes.append(f"{self.node.name}: its places are not known without example_inputs")
             return Everywhere(self.register.any_of(ids))
@@ -204,6 +204,8 @@ class LabelRun(fx.Interpreter):
 
     def features_of(self, ids: Tensor, dim: int) -> Tensor:
         """The id of each feature: along ``dim`` of an input's labels, pooled over the others."""
+        if not ids.numel():
+            raise UnknownShape(f"{self.node.name} is given no number at all on example_inputs: give one of each kind")
         found = self.reduce(ids, [d for d in range(ids.dim()) if d != dim])
         return found.reshape(-1).clamp(min=-1)
 

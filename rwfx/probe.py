@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rwfx.ops.probe import DUE, FOUND, NOT_DUE, probe
+from rwfx.ops.probe import DUE, NOT_DUE, probe
 
 if TYPE_CHECKING:
     from rwfx.sparse_weight import SparseWeight
@@ -51,9 +51,9 @@ class Probe:
         self.state.copy_(torch.tensor([DUE if due else NOT_DUE, key, draws, given]))
 
     @property
-    def found(self) -> bool:
-        """Whether a backward pass has looked since."""
-        return int(self.state[0]) == FOUND
+    def looks(self) -> bool:
+        """Whether a backward pass has looked, or the next one does."""
+        return int(self.state[0]) != NOT_DUE
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """The keys that were found, sorted, and their gradients."""

@@ -1,22 +1,26 @@
 """Which weights can have row gradients: those that are rows of a parameter that has no other gradient beside."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from rwfx.passes.parameters import parameter_of
 from rwfx.policies import Policy, TopK
+from rwfx.readers import Readers
 from rwfx.report import Line
 from rwfx.weight_graph import WeightGraph
-from rwfx.weight_views import View, like_view, rows_of, views_of
+from rwfx.weight_views import View, rows_of, viewed
 
 
-def why_no_row_gradient(gm: GraphModule, graph: WeightGraph, weight: str, policy: Policy) -> str:
-    """The reason for which a weight can have no row gradient; empty if it can."""
-    calls = {node.name: node for node in gm.graph.nodes}
+def why_no_row_gradient(
+    gm: GraphModule, graph: WeightGraph, weight: str, policy: Policy, calls: Mapping[str, Node], readers: Readers
+) -> str:
+    """The reason for which a weight can have no row gradient; empty if it can.
+
+    ``calls``: the nodes of ``gm`` by name.    ``readers``: of its parameters.
+    """
     family = _family(graph, weight)
     uses = [use for use in graph.uses if use.weight in family]
     if any(use.transposed for use in uses if use.weight == weight):
@@ -30,7 +34,7 @@ def why_no_row_gradient(gm: GraphModule, graph: WeightGraph, weight: str, policy
         return "it is a part of a parameter, and TopK chooses rows too late to gather those of all parts"
     if not _biases_apart(gm, [(use.weight, calls[use.node]) for use in uses]):
         return "others add rows of its bias too, and two row gradients cannot be added in a compiled graph"
-    if other := _other_gradient(gm, [calls[use.node] for use in uses]):
+    if other := _other_gradient(gm, [calls[use.node] for use in uses], readers):
         return f"{other}, and a row gradient cannot be added to another gradient in a compiled graph"
     return ""
 
@@ -68,7 +72,7 @@ def _biases_apart(gm: GraphModule, calls: Sequence[tuple[str, Node]]) -> bool:
     parts: dict[nn.Parameter, set[tuple[str, range | None]]] = {}
     for weight, call in calls:
         bias = (*call.args[1:3], None)[1]
-        if (parameter := _viewed(gm, bias)) is not None:
+        if (parameter := viewed(gm, bias)) is not None:
             of = rows_of(gm, bias)
             parts.setdefault(parameter, set()).add((weight, of and of[1]))
     for found in parts.values():
@@ -79,24 +83,11 @@ def _biases_apart(gm: GraphModule, calls: Sequence[tuple[str, Node]]) -> bool:
     return True
 
 
-def _other_gradient(gm: GraphModule, calls: Sequence[Node]) -> str:
+def _other_gradient(gm: GraphModule, calls: Sequence[Node], readers: Readers) -> str:
     """Where the weight or bias of these calls gets a gradient that is not confined to their row sets, if it does."""
-    viewed = [_viewed(gm, operand) for call in calls for operand in call.args[1:3]]
-    parameters = {id(p) for p in viewed if p is not None}
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            shared = any(id(p) in parameters for p in gm.get_submodule(str(node.target)).parameters())
-        else:
-            read = node.args[:1] if node in calls else node.all_input_nodes
-            shared = views_of(gm, node) is None and any(id(_viewed(gm, n)) in parameters for n in read)
-        if shared:
-            return f"{node.name} uses its weight or bias too"
+    for operand in (operand for call in calls for operand in call.args[1:3]):
+        parameter = viewed(gm, operand)
+        for node in () if parameter is None else readers[parameter]:
+            if node not in calls or viewed(gm, node.args[0]) is parameter:
+                return f"{node.name} uses its weight or bias too"
     return ""
-
-
-def _viewed(gm: GraphModule, node: object) -> nn.Parameter | None:
-    """The parameter that a node is, or is a view of."""
-    if not isinstance(node, Node):
-        return None
-    parameter, view = parameter_of(gm, node), like_view(gm, node)
-    return parameter if view is None else view[0]

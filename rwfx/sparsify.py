@@ -31,7 +31,7 @@ from rwfx.sparsified import SparsifiedModule
 from rwfx.sparsity import Init, count_nonzeros
 from rwfx.sparsity_report import SparsityLine
 from rwfx.transformed import Transformed
-from rwfx.two_graphs import TwoGraphs
+from rwfx.two_graphs import TwoGraphs, check_names
 from rwfx.weight_graph import graph_of, shapes_of
 from rwfx.where import Where, asked_for, given_places
 
@@ -97,6 +97,7 @@ def sparsify(
             f"no graph holds the forward pass of {type(model).__name__} ({captured.notes[-1]}), and always-sparse "
             "weights need one to be put into."
         )
+    check_names(captured.host, SparsifiedModule)
     return _sparsified(captured, float(density), init, growth, values, places, by, seed)
 
 

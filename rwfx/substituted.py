@@ -118,7 +118,9 @@ def read_elsewhere(gm: GraphModule, graph: WeightGraph, host: nn.Module) -> dict
         is_own = module is not None and module._parameters.get("weight") is host.get_parameter(
             graph.parameter(use.weight)
         )
-        if use.weight in graph.weights or module is None or not is_own or not can_be_row_sparse(module):
+        if use.weight in graph.weights and graph.weights[use.weight].view.computed:
+            found[use.weight] = "the forward pass computes a weight from it"
+        elif use.weight in graph.weights or module is None or not is_own or not can_be_row_sparse(module):
             found.setdefault(use.weight, f"it is read outside of its module's forward, at {about.get(PLACE)}")
     return found
 

@@ -32,9 +32,10 @@ from rwfx.passes.verify import verify
 from rwfx.policies import Densities, Policy
 from rwfx.row_calls import RowSparse
 from rwfx.sampler import RowSampler
-from rwfx.sparse_module import SparseModule, check_names
+from rwfx.sparse_module import SparseModule
 from rwfx.substituted import SubstitutedModule, read_elsewhere, substitute
 from rwfx.transformed import Transformed
+from rwfx.two_graphs import check_names
 from rwfx.weight_graph import graph_of, shapes_of
 from rwfx.where import Where
 
@@ -116,7 +117,7 @@ def transform(
     )
     _check_new(model)
     captured = capture(model, example_inputs)
-    check_names(captured.host)
+    check_names(captured.host, SparseModule, SAMPLER, EXAMPLES)
     return transform_captured(model, captured, options)
 
 

@@ -55,6 +55,20 @@ class TwoGraphs(GraphModule):
         return _rebuild, (_kind(type(self)), state, *graphs)
 
 
+def check_names(host: nn.Module, kind: type[TwoGraphs], *own: str) -> None:
+    """Refuse a model whose parts have names that a ``kind`` made from it needs itself, ``own`` among them.
+
+    Raises:
+        ValueError: names the part and what to do.
+    """
+    for name in (*host._modules, *host._parameters, *host._buffers):
+        if hasattr(kind, name) or name in ("lines", "settings", "notes", "meta", *own):
+            raise ValueError(
+                f"the model has a part named {name!r}, which is an attribute of every {kind.__name__}. Rename it, or "
+                "put the model into a module of its own."
+            )
+
+
 def _rebuild(kind: type[TwoGraphs], state: dict[str, Any], train: list[Any], evaluation: list[Any]) -> TwoGraphs:
     module = _blank(kind)
     module.__dict__.update(state, eval_graph=read_graph(evaluation))
@@ -79,6 +93,7 @@ _SHARED = (
     "_non_persistent",
     "_forward",
     "_backward",
+    "_is_full_backward_hook",
     "_state_dict",
     "_load",
 )

@@ -1,7 +1,5 @@
 """Why a parameter with rows is the weight of no call: what reads it instead."""
 
-from collections.abc import Iterator
-
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -10,12 +8,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from rwfx.label_rules import bare_name
 from rwfx.passes.normalize import CONVOLUTIONS
 from rwfx.passes.parameters import has_hooks
-from rwfx.weight_views import like_view
+from rwfx.readers import Readers, owned
 
 _LOOKED_UP = "its rows are looked up, and those that are not have no gradient"
 _RECURRENT = "a recurrent layer multiplies with it again and again, each time with what it gave before"
 _EXPERTS = "{} multiplies with several matrices at once, as experts do"
 _COMPUTED = "the forward pass computes a weight from it"
+_HOOKED = "its module has hooks, so that it is called as it is"
 
 # Also as operators of ATen, which they stay on what is no parameter.
 _WEIGHTED = {bare_name(call) for call in (F.linear, *CONVOLUTIONS)}
@@ -32,35 +31,27 @@ _BY_MODULE: dict[type[nn.Module], str] = {
 }
 
 
-def why_unweighted(gm: GraphModule, own: nn.Parameter) -> str:
+def why_unweighted(gm: GraphModule, own: nn.Parameter, readers: Readers) -> str:
     """The reason for a parameter of a normalized graph's model; empty where what reads it says none."""
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            if any(p is own for p in module.parameters()):
-                return _of_module(module)
-    readers = list(_readers(gm, own))
-    for node in readers:
-        if bare_name(node.target) in _BY_OPERATION:
-            return _BY_OPERATION[bare_name(node.target)].format(bare_name(node.target))
+    reading = readers.get(own, ())
+    for node in reading:
+        if any(p is own for p in owned(gm, node)):
+            return _of_module(gm.get_submodule(str(node.target)))
+    for node in reading:
+        operation = "" if node.op == "call_module" else bare_name(node.target)  # a module may have any name
+        if operation in _BY_OPERATION:
+            return _BY_OPERATION[operation].format(operation)
         if _is_weight(node):
             return _COMPUTED
-    return "" if readers else "the forward pass does not read it"
+    return "" if reading else "the forward pass does not read it"
 
 
 def _of_module(module: nn.Module) -> str:
-    if is_parametrized(module) or has_hooks(module):
+    if is_parametrized(module):
         return _COMPUTED
+    if has_hooks(module):
+        return _HOOKED
     return next((why for kind, why in _BY_MODULE.items() if isinstance(module, kind)), "")
-
-
-def _readers(gm: GraphModule, parameter: nn.Parameter) -> Iterator[Node]:
-    """The calls that read the parameter or a view of it."""
-    for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method") or like_view(gm, node) is not None:
-            continue
-        if any((found := like_view(gm, n)) is not None and found[0] is parameter for n in node.all_input_nodes):
-            yield node
 
 
 def _is_weight(node: Node) -> bool:

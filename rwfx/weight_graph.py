@@ -13,7 +13,13 @@ from typing import Any, Literal
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx import GraphModule
 
 from rwfx.capture import Capture, capture, untouched
@@ -184,7 +190,7 @@ def graph_of(gm: GraphModule, captured: Capture, shapes: Mapping[str, torch.Size
 
 
 def shapes_of(gm: GraphModule, captured: Capture) -> dict[str, torch.Size] | None:
-    """The shape of every node's value on the example inputs, computed without data; None without any.
+    """The shape of every node's value on the example inputs, computed without data where that goes; None without any.
 
     Of a run that was written down they are known.
     """
@@ -207,6 +213,11 @@ def shapes_of(gm: GraphModule, captured: Capture) -> dict[str, torch.Size] | Non
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = captured.inputs.in_order(placeholders)
     fake = rebuilt(given, [mode.from_tensor(x) if isinstance(x, Tensor) else x for _, x in leaves_of(given)])
-    with untouched(captured.host), mode:
-        Shapes(gm).run(*fake)
+    try:
+        with untouched(captured.host), mode:
+            Shapes(gm).run(*fake)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        # A module that is called as a whole decides by numbers, as a parametrization may.
+        with untouched(captured.host):
+            Shapes(gm).run(*given)
     return shapes

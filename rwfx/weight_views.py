@@ -20,14 +20,18 @@ from rwfx.passes.parameters import parameter_of
 
 
 class View(NamedTuple):
-    """``p[index]``, or ``p`` itself; ``transposed`` of it the transpose; of that the rows ``first`` to ``last``."""
+    """``p[index]``, or ``p`` itself; ``transposed`` of it the transpose; of that the rows ``first`` to ``last``.
+
+    ``computed``: the weight is an image of that (``rwfx.computed_weights``), which stands for it where walks look.
+    """
 
     index: int | None = None
     transposed: bool = False
     part: tuple[int, int] | None = None
+    computed: bool = False
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The weight, which shares the parameter's memory."""
+        """The weight, or what it is an image of; it shares the parameter's memory."""
         for function, *arguments in self._steps():
             parameter = function(parameter, *arguments)
         return parameter
@@ -42,7 +46,7 @@ class View(NamedTuple):
     @property
     def has_rows(self) -> bool:
         """Whether the weight's rows are rows of the parameter, its first dimension."""
-        return self.index is None and not self.transposed
+        return self.index is None and not self.transposed and not self.computed
 
     def name(self, parameter: str) -> str:
         """The weight as one would write it: ``"w"``, ``"w[0:64]"``, of a transpose ``"w"`` and ``"w[:, 0:64]"``."""
@@ -94,6 +98,14 @@ def rows_of(gm: GraphModule, node: Any) -> tuple[nn.Parameter, range] | None:
         return None
     first, rest = divmod(int(rows.storage_offset()), parameter.stride(0))
     return None if rest else (parameter, range(first, first + len(rows)))
+
+
+def viewed(gm: GraphModule, node: Any) -> nn.Parameter | None:
+    """The parameter that a node is, or is a view of; None for any other."""
+    if (parameter := parameter_of(gm, node)) is not None:
+        return parameter
+    found = like_view(gm, node)
+    return None if found is None else found[0]
 
 
 VIEWS = {

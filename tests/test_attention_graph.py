@@ -54,6 +54,38 @@ def test_a_walk_follows_the_value_half_of_the_time_and_the_queries_and_keys_of_i
             assert len(column[name][passed].unique()) == WIDTH
 
 
+class Positions(Attention):
+    """The same with a bias for each head and pair of places, computed from how far they are apart."""
+
+    def __init__(self, spelling):
+        super().__init__(spelling)
+        self.bias = nn.Linear(1, HEADS)
+
+    def forward(self, x):
+        q, k, v = (f(x).view(2, TOKENS, HEADS, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        places = torch.arange(TOKENS, dtype=x.dtype)
+        bias = self.bias((places[:, None] - places)[..., None]).permute(2, 0, 1)
+        if self.spelling == "operator":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            y = (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(2, TOKENS, WIDTH))
+
+
+@pytest.mark.parametrize("spelling", ["operator", "products"])
+def test_a_walk_follows_the_bias_of_its_head_as_often_as_one_row_of_its_queries(spelling):
+    model = Positions(spelling)
+    graph = rwfx.weight_graph(model, torch.randn(2, TOKENS, WIDTH))
+    with torch.no_grad():
+        model.out.weight.copy_(torch.eye(WIDTH))
+    walks = rwfx.random_walks(graph, dict(model.named_parameters()), 12_000)
+    column = {use.name.partition(".")[0]: walks[:, k] for k, use in enumerate(graph.uses)}
+    for name, share in (("v", 1 / 2), ("q", 3 / 14), ("k", 3 / 14), ("bias", 1 / 14)):
+        assert abs(float((column[name] >= 0).float().mean()) - share) < 0.02
+    passed = column["bias"] >= 0
+    assert torch.equal(column["bias"][passed], column["out"][passed] // (WIDTH // HEADS))
+
+
 class Stack(nn.Module):
     """Blocks of attention and a layer, each added to what comes in, with a token of its own before the others."""
 

@@ -187,10 +187,18 @@ def test_the_host_keeps_classes_attributes_hooks_and_unused_parameters():
     assert sparse.report.dense["unused.weight"].endswith("the forward pass does not read it")
 
 
+def compiled_in_place(model, part):
+    model.get_submodule(part).compile()
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: torch.compile(nn.Linear(2, 2)), "is compiled"),
+        (lambda: torch.compile(nn.Linear(2, 2)), "model is compiled"),
+        (lambda: compiled_in_place(nn.Sequential(nn.Linear(2, 2)), ""), "model is compiled"),
+        (lambda: nn.Sequential(torch.compile(nn.Linear(2, 2))), "module '0' of the model is compiled"),
+        (lambda: compiled_in_place(nn.Sequential(nn.Linear(2, 2)), "0"), "module '0' of the model is compiled"),
         (lambda: nn.DataParallel(nn.Linear(2, 2)), "Transform model.module"),
         (lambda: nn.Sequential(nn.LazyLinear(2)), "is lazy"),
         (lambda: rwfx.transform(nn.Sequential(nn.Linear(2, 2))), "model is already transformed"),
@@ -200,7 +208,17 @@ def test_the_host_keeps_classes_attributes_hooks_and_unused_parameters():
         ),
         (lambda: torch.jit.trace(nn.Linear(2, 2), torch.randn(1, 2)), "ScriptModule"),
     ],
-    ids=["compiled", "data-parallel", "lazy", "transformed", "transformed-part", "script"],
+    ids=[
+        "compiled",
+        "compiled-in-place",
+        "compiled-part",
+        "part-compiled-in-place",
+        "data-parallel",
+        "lazy",
+        "transformed",
+        "transformed-part",
+        "script",
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_wrapped_models_are_refused_with_what_to_do(make, match):
@@ -303,6 +321,26 @@ def test_backward_hooks_that_are_lost_are_reported():
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 4))
     model[0].register_full_backward_hook(lambda *_: None)
     assert "0 has backward hooks" in str(rwfx.transform(model).report)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_the_hooks_of_the_model_itself_are_called_as_often_as_its_own(kind):
+    model, seen = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), []
+    getattr(model, f"register_{kind}_hook")(lambda *_: seen.append(1))
+    sparse = rwfx.transform(model, num_paths=3, break_even=False)
+    counts = []
+    for module in (model, sparse):
+        seen.clear()
+        module(torch.randn(5, 6)).sum().backward()
+        counts.append(len(seen))
+    assert counts == [1, 1]
+
+
+def test_a_weight_whose_module_has_hooks_is_dense_for_them():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    model[0].register_forward_hook(lambda *_: None)
+    dense = rwfx.transform(model, num_paths=3, break_even=False).report.dense
+    assert dense["0.weight"].endswith("its module has hooks, so that it is called as it is")
 
 
 def test_defaults_that_are_no_plain_values():

@@ -1,5 +1,6 @@
 """Example inputs: how they become arguments, and which models and inputs are refused."""
 
+import copy
 from collections import UserDict
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 import torch.nn.functional as F
 import zoo
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 import rwfx
-from rwfx.capture import capture, untouched
+from rwfx.capture import CaptureError, capture, exported, untouched
 from rwfx.capture.inputs import bind_inputs
 
 
@@ -79,6 +80,11 @@ def in_place(self, x):
     return one(self, x)
 
 
+def put_into(self, x):
+    x["twice"] = x["once"] * 2
+    return one(self, x["twice"])
+
+
 REFUSED = {
     "no example inputs": (
         branching,
@@ -87,6 +93,11 @@ REFUSED = {
     ),
     "wrong example inputs": (one, torch.randn(5, 3), ["fails on example_inputs in module 'a'", "mat1 and mat2"]),
     "changed in place": (in_place, X, ["changes its input x in place", "input.clone"]),
+    "changed in what it holds": (
+        put_into,
+        ({"once": X},),
+        ["changes what its input x holds, at x\\['twice'\\]", "dict"],
+    ),
 }
 
 
@@ -95,13 +106,13 @@ def test_what_no_route_captures_is_refused_with_its_line_and_a_remedy(kind):
     forward, given, words = REFUSED[kind]
     model = module_with(forward)
     state, stream = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    before = None if given is None else given.clone()
+    before = copy.deepcopy(given)
     for word in words:
         with pytest.raises(ValueError, match=word):
             capture(model, given)
     assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), stream)
-    assert given is None or torch.equal(given, before)
+    assert_close(given, before, rtol=0, atol=0)
 
 
 def by_value(self, x):
@@ -139,6 +150,87 @@ def test_a_quantised_model_is_refused():
 
     with pytest.raises(ValueError, match=r"module 'part' is quantised .* quantise it after training"):
         rwfx.transform(module_with(one, part=PackedLinear()))
+
+
+def test_an_example_without_any_number_is_refused():
+    with pytest.raises(ValueError, match="is given no number at all on example_inputs"):
+        rwfx.transform(module_with(one), example_inputs=torch.randn(0, 4))
+
+
+def test_an_input_that_no_example_shows_to_be_changed_is_changed_as_by_the_model():
+    model = module_with(in_place)
+    sparse = rwfx.transform(model, num_paths=4, break_even=False)
+    theirs, ours = X.clone(), X.clone()
+    assert_close(sparse(ours), model(theirs), rtol=0, atol=0)
+    assert torch.equal(ours, theirs)
+
+
+class Signed(nn.Module):
+    """A parametrization that is decided by the numbers of the weight."""
+
+    def forward(self, w):
+        return w if w.sum() > 0 else -w
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_weight_that_its_own_numbers_decide_is_the_model_s_and_stays_dense(sign):
+    model = module_with(one)
+    with torch.no_grad():
+        model.a.weight.abs_().mul_(sign)
+    parametrize.register_parametrization(model.a, "weight", Signed())
+    sparse = rwfx.transform(model, num_paths=4, break_even=False, example_inputs=X)
+    assert sparse.report.sparse == ("b.weight",)
+    assert sparse.report.dense["a.parametrizations.weight.original"].endswith("computes a weight from it")
+    for factor in (1, -1):
+        with torch.no_grad():
+            model.a.parametrizations.weight.original.mul_(factor)
+        assert_close(sparse(X), model(X), rtol=0, atol=0)
+
+
+def test_a_float_model_that_is_written_for_quantisation_is_a_model_as_any_other():
+    def added(self, x):
+        return self.sum.add(one(self, x), self.b(self.a(x).relu()))
+
+    model = module_with(added, sum=torch.ao.nn.quantized.FloatFunctional())
+    sparse = rwfx.transform(model, num_paths=4, break_even=False)
+    assert sparse.report.sparse == ("a.weight", "b.weight")
+    assert_close(sparse(X), model(X), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_prepared_for_quantisation_is_refused_for_having_no_plain_weight():
+    model = module_with(one)
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    prepared = torch.ao.quantization.prepare_qat(model)
+    state = copy.deepcopy(prepared.state_dict())
+    with pytest.raises(ValueError, match="the model has no weight with rows"):
+        rwfx.transform(prepared, example_inputs=X)
+    assert_close(prepared.state_dict(), state, rtol=0, atol=0)  # also the sizes of what it observes
+
+
+def compiled_method(self, x):
+    return self.compiled(x) * (2 if x.shape[0] > 2 else 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_parameter_that_is_read_past_its_module_is_no_constant_of_a_graph():
+    model = module_with(compiled_method)
+    model.compiled = torch.compile(lambda x: model.b(model.a(x)), backend="eager")
+    with pytest.raises(CaptureError, match=r"reads a\.weight by another way than from its module"):
+        exported.capture(model, bind_inputs(model, X))
+
+    def data(self, x):
+        return one(self, x * 2 if x.shape[0] > 2 else x) + self.b.weight.data.sum()
+
+    model = module_with(data)
+    sparse = rwfx.transform(model, num_paths=4, break_even=False, example_inputs=X)
+    with torch.no_grad():
+        model.b.weight.mul_(3)
+    assert_close(sparse(X), model(X), rtol=0, atol=0)
+    model.double()
+    with torch.no_grad():
+        model.b.weight.mul_(3)
+    assert_close(sparse(X.double()), model(X.double()), rtol=0, atol=0)
 
 
 def test_two_transformed_models_of_one_share_its_parameters_and_draw_rows_of_their_own():

@@ -308,6 +308,26 @@ def test_a_chain_that_packs_its_gradients_is_the_python_one(kinds, packed, shape
             assert_close(to_dense(ours), to_dense(theirs), rtol=0, atol=1e-12)
 
 
+@every_kept
+@pytest.mark.parametrize("packed", ["rows", "columns"])
+def test_a_chain_that_computes_in_another_dtype_packs_gradients_of_the_dtype_of_its_inputs(packed, kept):
+    native.ready()
+    kept, rows = torch.tensor(kept, dtype=torch.int64), torch.tensor([1, 4, 8])
+    told = {"examples": kept, "num_examples": 6}
+    columns = rows if packed == "columns" else None
+    runs = []
+    for op in (row_linear, in_python):
+        torch.manual_seed(1)
+        x, w, b, _, w2, b2 = (t.detach().float().requires_grad_() for t in (*operands((6, 7), 9), *operands((1, 9), 8)))
+        y = op(x, w, b, rows, "rows", "rows", packed=packed, **told)
+        more = {"columns": columns, "activation": "relu", "direct": True}
+        y = op(y, w2, b2, torch.tensor([0, 7]), "rows", "rows", torch.float64, **more, **told)
+        assert y.dtype == torch.float64
+        runs.append(gradients(y, x, w, b, w2, b2))
+    for ours, theirs in zip(*runs, strict=True):
+        assert_close(to_dense(ours), to_dense(theirs), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("grad", ["dense", "rows"])
 def test_opcheck_of_linear_calls(grad):
     native.ready()

@@ -93,7 +93,7 @@ def test_every_function_becomes_that_call():
 def test_what_is_more_than_its_class_or_no_parameter_is_left_alone():
     class Own(nn.Conv2d):
         def _conv_forward(self, input, weight, bias):
-            return super()._conv_forward(input, 2 * weight, bias)
+            return super()._conv_forward(input, weight.flip(0), bias)
 
     class Model(nn.Module):
         def __init__(self):
@@ -106,7 +106,7 @@ def test_what_is_more_than_its_class_or_no_parameter_is_left_alone():
 
         def forward(self, x):
             y = self.sized(self.normed(self.hooked(self.own(x))), output_size=(11, 11))
-            return F.conv2d(y, 2 * self.w) + F.conv2d(y, self.w, padding=x.shape[0] - 2)
+            return F.conv2d(y, self.w.flip(0)) + F.conv2d(y, self.w, padding=x.shape[0] - 2)
 
     model, x = Model(), torch.randn(2, 4, 5, 5)
     normalized = normalize(symbolic_trace(model))

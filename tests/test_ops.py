@@ -182,7 +182,7 @@ def products(call):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         call()
     events = profile.profiler.kineto_results.events()
-    shapes = [(event.start_ns(), *event.shapes()[-2:]) for event in events if event.name() == "aten::mm"]
+    shapes = [(event.start_ns(), *event.shapes()[:2]) for event in events if event.name() == "aten::mm"]
     return [(a[0], a[1], b[1]) for _, a, b in sorted(shapes)]
 
 

@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
+# What lies there and is float: it holds the place of what quantisation will put there.
+FLOAT = ("FloatFunctional", "FXFloatFunctional")
 
 
 def check_model(model: Any) -> None:
@@ -19,8 +21,10 @@ def check_model(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {name}.")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("model is compiled. Transform the model first, then compile what comes out of it.")
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            what = f"module {path!r} of the model" if path else "model"
+            raise ValueError(f"{what} is compiled. Transform the model first, then compile what comes out of it.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f"model is wrapped in {name}. Transform model.module first, then wrap what comes out of it.")
     if isinstance(model, torch.jit.ScriptModule):
@@ -29,7 +33,8 @@ def check_model(model: Any) -> None:
         raise ValueError(f"forward of this {name} has been replaced on the instance, where torch.fx does not see it.")
     for path, module in model.named_modules():
         kind = type(module)
-        if kind.__module__.startswith(QUANTISED) or hasattr(module, "_packed_params"):
+        is_float = kind.__name__ in FLOAT or not kind.__module__.startswith(QUANTISED)
+        if not is_float or hasattr(module, "_packed_params"):
             raise ValueError(
                 f"module {path!r} is quantised ({kind.__module__}.{kind.__name__}): its weight is packed and has no "
                 "gradient. Transform the float model, and quantise it after training."

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rwfx.capture.route import PLAIN
+from rwfx.capture.route import PLAIN, CaptureError
 from rwfx.capture.streams import put_back
 from rwfx.capture.structure import leaves_of
 
@@ -68,6 +68,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             for buffer, before in kept:
+                if buffer.shape != before.shape:  # as the statistics of an observer, which begin empty
+                    buffer.resize_(before.shape)
                 buffer.copy_(before)
 
 
@@ -79,7 +81,18 @@ class Constants:
         self.held = nn.Module()
 
     def name_of(self, name: str, tensor: Tensor) -> str:
-        """The path by which a graph reads ``tensor``, which tracing called ``name``."""
+        """The path by which a graph reads ``tensor``, which tracing called ``name``.
+
+        Raises:
+            CaptureError: it is a parameter of the host, which as a constant would have no gradient.
+        """
+        for parameter, other in () if tensor.is_meta else self.host.named_parameters():
+            if other.numel() and not other.is_meta and other.data_ptr() == tensor.data_ptr():
+                raise CaptureError(
+                    f"the forward pass reads {parameter} by another way than from its module (its .data, or a function "
+                    "that was compiled or holds the model): a graph would hold it as a constant, without a gradient. "
+                    "Read it from the module, and compile what comes out of the transformation."
+                )
         taken = self.held._buffers.get(name)
         if taken is not None and not (taken is tensor or _equal(taken, tensor)):
             return self.name_of(f"{name}_eval", tensor)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from rwfx.capture.structure import leaves_of, rebuilt
+
 
 @dataclass(frozen=True)
 class ExampleInputs:
@@ -18,6 +20,11 @@ class ExampleInputs:
     def arguments_of(self, model: nn.Module) -> dict[str, Any]:
         """What they give to each named parameter of ``forward``."""
         return dict(inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments)
+
+    def in_containers_of_their_own(self) -> "ExampleInputs":
+        """The same tensors in tuples, lists, dicts and dataclasses that the model may change unseen."""
+        args, kwargs = (rebuilt(part, [x for _, x in leaves_of(part)]) for part in (self.args, dict(self.kwargs)))
+        return ExampleInputs(args, kwargs)
 
     def in_order(self, placeholders: Sequence[fx.Node]) -> tuple[Any, ...]:
         """The value of each placeholder of a graph; its default where they give none."""

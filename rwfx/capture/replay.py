@@ -1,5 +1,7 @@
 """The replay: graphs are believed only if they give what the model gives, from the same random stream."""
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from torch.utils._pytree import tree_flatten
 from rwfx.capture.host import scratch_copy, set_mode, untouched
 from rwfx.capture.inputs import ExampleInputs
 from rwfx.capture.route import CaptureError, Graphs, first_lines, place_of
-from rwfx.capture.structure import leaves_of
+from rwfx.capture.structure import Access, leaves_of
+
+Leaf = tuple[tuple[Access, ...], Any]
 
 
 class Replay:
@@ -39,11 +43,11 @@ class Replay:
         for mode, graph in ((True, graphs.train), (False, graphs.eval)):
             host = scratch_copy(graphs.host)
             set_mode(host, mode)
-            given = self._run(GraphModule(host, graph), host)
-            if _equal(given, self.expected[mode]):
+            found = self._run(GraphModule(host, graph), host, self.inputs)
+            if _equal(found, self.expected[mode]):
                 continue
             word = "train" if mode else "eval"
-            if _equal(self._eager(mode), self.expected[mode]) or not _close(given, self.expected[mode]):
+            if _equal(self._eager(mode), self.expected[mode]) or not _close(found, self.expected[mode]):
                 raise CaptureError(
                     f"the graph gives other outputs than the model on example_inputs in {word} mode, so the forward "
                     "pass does something that tracing froze (a branch or a number computed in Python)."
@@ -56,9 +60,11 @@ class Replay:
     def _eager(self, mode: bool) -> list[Tensor]:
         scratch = scratch_copy(self.model)
         set_mode(scratch, mode)
-        before = [(path, x, x.clone()) for path, x in leaves_of(self._values()) if isinstance(x, Tensor)]
+        given = self.inputs.in_containers_of_their_own()
+        there = list(leaves_of(given.arguments_of(self.model)))
+        before = [(path, x, x.clone()) for path, x in there if isinstance(x, Tensor)]
         try:
-            found = self._run(scratch, scratch)
+            found = self._run(scratch, scratch, given)
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} fails on example_inputs in {place_of(error, scratch)}: "
@@ -72,18 +78,21 @@ class Replay:
                     f"{type(self.model).__name__} changes its input {path[0].key}{where} in place, and a second look "
                     "at the same example would see another one. Let the forward pass work on input.clone()."
                 )
+        if other := _first_other(there, list(leaves_of(given.arguments_of(self.model)))):
+            name, where = other[0].key, "".join(map(str, other[1:]))
+            raise ValueError(
+                f"{type(self.model).__name__} changes what its input {name} holds, at {name}{where}, which a graph "
+                "does not. Let the forward pass put it into a container of its own, such as dict(input)."
+            )
         return found
 
-    def _run(self, module: nn.Module, holder: nn.Module) -> list[Tensor]:
+    def _run(self, module: nn.Module, holder: nn.Module, given: ExampleInputs) -> list[Tensor]:
         """The outputs of one call, and then the model's buffers, as ``holder`` has them after it."""
         # In eval mode with gradients: without them attention takes a path of its own, which rounds differently.
         with untouched(holder), torch.set_grad_enabled(not holder.training):
-            output = module.forward(*self.inputs.args, **self.inputs.kwargs)
+            output = module.forward(*given.args, **given.kwargs)
             buffers = dict(holder.named_buffers())
             return [x.detach().clone() for x in (*_tensors(output), *(buffers[name] for name in self.buffers))]
-
-    def _values(self) -> dict[str, Any]:
-        return self.inputs.arguments_of(self.model)
 
 
 def same_outputs(model: nn.Module, transformed: nn.Module, inputs: ExampleInputs) -> bool:
@@ -96,6 +105,16 @@ def same_outputs(model: nn.Module, transformed: nn.Module, inputs: ExampleInputs
         with untouched(module), torch.set_grad_enabled(not module.training):  # as in Replay
             outputs.append(_tensors(module(*inputs.args, **inputs.kwargs)))
     return _equal(*outputs)
+
+
+def _first_other(before: Sequence[Leaf], after: Sequence[Leaf]) -> tuple[Access, ...] | None:
+    """The way to the first leaf that is another one, or is at another place, than before; None if all are the same."""
+    for old, new in zip_longest(before, after):
+        if old is None or new is None:
+            return (new or old)[0]
+        if old[0] != new[0] or old[1] is not new[1]:
+            return new[0]
+    return None
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from rwfx.capture.host import Constants, attributes_of, lost_of, scratch_copy, set_mode, shared_copy
 from rwfx.capture.inputs import ExampleInputs
@@ -52,9 +53,10 @@ CLOSED = (
 
 
 def is_closed(graphs: Graphs) -> bool:
-    """Whether the graph calls as a whole what has weights inside: such a module, or a library's function on weights."""
+    """Whether the graph calls as a whole what has weights inside: such a module, a parametrized one, or a library's
+    function on weights."""
     return any(
-        isinstance(graphs.host.get_submodule(str(node.target)), CLOSED)
+        isinstance(module := graphs.host.get_submodule(str(node.target)), CLOSED) or is_parametrized(module)
         if node.op == "call_module"
         else node.op == "call_function" and _is_foreign(node.target) and _reads_weights(graphs.host, node)
         for node in graphs.train.nodes

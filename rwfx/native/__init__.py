@@ -23,8 +23,16 @@ from shutil import which
 
 import torch
 
-SOURCES = ("walk.cpp", "remember.cpp", "magnitude.cpp", "examples.cpp", "linear.cpp", "optim.cpp")
-HEADERS = ("random.h", "draw.h", "rows.h")
+SOURCES = (
+    "walk.cpp",
+    "remember.cpp",
+    "magnitude.cpp",
+    "examples.cpp",
+    "linear.cpp",
+    "optim.cpp",
+    "sparse.cpp",
+)
+HEADERS = ("random.h", "draw.h", "rows.h", "vectors.h", "packing.h", "sparse_products.h")
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 

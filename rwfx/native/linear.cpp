@@ -7,6 +7,7 @@
 #include "rows.h"
 
 #include <ATen/ops/_sparse_coo_tensor_unsafe.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
@@ -151,12 +152,11 @@ Tensor scatter_columns(
   return out;
 }
 
-// x (E, C), at the very front of an otherwise unwritten (B, I): what a call with `packed` reads. Stored by columns if x is.
-Tensor at_front(const Tensor& x, int64_t batch, int64_t width) {
+// An unwritten (B, I), of which a call with `packed` reads the very front alone; somebody who looks for numbers that are
+// not finite reads all of it.
+Tensor unwritten(int64_t batch, int64_t width, const at::TensorOptions& options) {
   const bool looked_at = torch::autograd::AnomalyMode::is_enabled();
-  Tensor out = looked_at ? at::zeros({batch, width}, x.options()) : at::empty({batch, width}, x.options());
-  out.as_strided(x.sizes(), x.strides()).copy_(x);
-  return out;
+  return looked_at ? at::zeros({batch, width}, options) : at::empty({batch, width}, options);
 }
 
 // The places of the examples among `batch`, of which each has as many.
@@ -339,26 +339,26 @@ void record_(Tensor& chosen, const Tensor& given_rows) {
   torch::autograd::impl::bump_version(chosen);
 }
 
-// What may be computed of the input first: its forward, and its backward from the output's gradient and from either the
-// input or the output.
+// What may be computed of the input first: its forward, and its backward, in place of the output's gradient, from either
+// the input or the output.
 struct Activation {
   std::string_view name;
   bool of_input;
   Tensor (*forward)(const Tensor& x);
-  Tensor (*backward)(const Tensor& g, const Tensor& of);
+  void (*backward_)(Tensor& g, const Tensor& of);
 };
 
 const Activation ACTIVATIONS[] = {
     {"relu", false, [](const Tensor& x) { return at::relu(x); },
-     [](const Tensor& g, const Tensor& a) { return at::threshold_backward(g, a, 0); }},
+     [](Tensor& g, const Tensor& a) { at::threshold_backward_out(g, g, a, 0); }},
     {"gelu", true, [](const Tensor& x) { return at::gelu(x); },
-     [](const Tensor& g, const Tensor& x) { return at::gelu_backward(g, x); }},
+     [](Tensor& g, const Tensor& x) { at::gelu_backward_out(g, g, x); }},
     {"silu", true, [](const Tensor& x) { return at::silu(x); },
-     [](const Tensor& g, const Tensor& x) { return at::silu_backward(g, x); }},
+     [](Tensor& g, const Tensor& x) { at::silu_backward_out(g, g, x); }},
     {"tanh", false, [](const Tensor& x) { return at::tanh(x); },
-     [](const Tensor& g, const Tensor& a) { return at::tanh_backward(g, a); }},
+     [](Tensor& g, const Tensor& a) { at::tanh_backward_out(g, g, a); }},
     {"sigmoid", false, [](const Tensor& x) { return at::sigmoid(x); },
-     [](const Tensor& g, const Tensor& a) { return at::sigmoid_backward(g, a); }},
+     [](Tensor& g, const Tensor& a) { at::sigmoid_backward_out(g, g, a); }},
 };
 
 const Activation* activation_of(std::string_view name) {
@@ -428,12 +428,16 @@ Gradients backward(
     }
     return grad == "rows" ? pack(values, rows, num_rows) : scatter_rows(values, rows, num_rows);
   };
-  Tensor dx, dw, db;
-  if (a && by_columns && grad == "dense") {
-    const Tensor dw_IK = at::mm(taking_part(*a).to(g.scalar_type()).t(), g_BK).to(dtype);
-    dw = (all_rows ? dw_IK : scatter_columns(dw_IK, rows, num_rows, {}, dw_IK.size(0))).t();
-  } else if (a) {
-    dw = of_parameter(at::mm(g_BK.t(), taking_part(*a).to(g.scalar_type())));
+  Tensor dx, dw, db, a_E;
+  if (a) {
+    a_E = taking_part(*a);
+    const Tensor a_g = a_E.to(g.scalar_type());
+    if (by_columns && grad == "dense") {
+      const Tensor dw_IK = at::mm(a_g.t(), g_BK).to(dtype);
+      dw = (all_rows ? dw_IK : scatter_columns(dw_IK, rows, num_rows, {}, dw_IK.size(0))).t();
+    } else {
+      dw = of_parameter(at::mm(g_BK.t(), a_g));
+    }
   }
   if (needs_bias) {
     db = of_parameter(g_BK.sum(0));
@@ -441,15 +445,33 @@ Gradients backward(
   if (weight) {
     const int64_t width = weight->size(1);
     const Activation* of = activation_of(activation);
-    const auto through = [&](Tensor da, const auto& columns_of) {
-      da = da.to(x_dtype);
-      return of ? of->backward(da, columns_of(activated->reshape({-1, width}))) : da;
-    };
-    const auto finish = [&](const Tensor& dx_E, const optional<Tensor>& columns) {
-      if (places && direct) {
-        return at_front(dx_E, batch, width);
+    const bool to_front = places && direct;
+    // da (E, C), stored by columns where `across` says so; at the front of dx where the next call reads it there.
+    const auto product = [&](const Tensor& g_EK, const Tensor& w_KC, bool across) {
+      const int64_t num_places = g_EK.size(0), taken = w_KC.size(1);
+      const std::array<int64_t, 2> sizes = {num_places, taken};
+      const std::array<int64_t, 2> strides = {across ? 1 : taken, across ? num_places : 1};
+      const bool cast = g.scalar_type() != x_dtype;
+      Tensor front;
+      if (to_front) {
+        dx = unwritten(batch, width, g.options().dtype(x_dtype));
+        front = dx.as_strided(sizes, strides);
       }
-      return columns || places ? scatter_columns(dx_E, columns, width, places, batch) : dx_E;
+      Tensor da = to_front && !cast ? front : at::empty_strided(sizes, strides, g.options());
+      at::mm_out(da, g_EK, w_KC);
+      return !cast ? da : to_front ? front.copy_(da) : da.to(x_dtype);
+    };
+    const auto through = [&](Tensor da, const auto& columns_of) {
+      if (of) {
+        of->backward_(da, columns_of(*activated));
+      }
+      return da;
+    };
+    const auto finish = [&](const Tensor& da, const optional<Tensor>& columns) {
+      if (to_front) {
+        return dx;
+      }
+      return columns || places ? scatter_columns(da, columns, width, places, batch) : da;
     };
     if (given_columns && !full_dx && (direct || given_columns->numel() < MOST_COLUMNS * width)) {
       const Tensor columns = given_columns->contiguous();
@@ -458,17 +480,17 @@ Gradients backward(
           ? *weight
           : gather_weight(*weight, rows, all_columns ? optional<Tensor>() : optional<Tensor>(columns));
       const Tensor w = w_KC.to(g.scalar_type());
-      const auto gather = [&](const Tensor& x) { return gather_columns(x, columns, direct, places); };
-      if (direct) {
-        const Tensor dx_CB = through(at::mm(w.t(), g_BK.t()).t(), gather);
-        dx = places ? finish(dx_CB, columns) : scatter_by_columns(dx_CB, columns, width);
-      } else {
-        dx = finish(through(at::mm(g_BK, w), gather), columns);
-      }
+      const auto gather = [&](const Tensor& x) {
+        return gather_columns(x.reshape({-1, width}), columns, direct, places);
+      };
+      const Tensor da = through(product(g_BK, w, direct), gather);
+      dx = direct && !places ? scatter_by_columns(da, columns, width) : finish(da, columns);
     } else {
       const Tensor w = full_dx || all_rows ? *weight : gather_weight(*weight, rows);
       const Tensor g_x = full_dx ? of_all_rows() : g_BK;
-      dx = finish(through(at::mm(g_x, w.to(g.scalar_type())), taking_part), {});
+      // What was gathered of the activation's output serves both products.
+      const auto gather = [&](const Tensor& x) { return a && x.is_alias_of(*a) ? a_E : taking_part(x); };
+      dx = finish(through(product(g_x, w.to(g.scalar_type()), false), gather), {});
     }
     auto shape = g.sizes().vec();
     shape.back() = width;

@@ -47,29 +47,39 @@ struct RowGradient {
     return true;
   }
 
-  // Calls update(row, k, n) for each row: n numbers, at row * n of each of `parameters`, at k * n of the values.
+  // For each row, update(row) gives what is then called, with (at, from, n), for each of its stretches: n numbers, at
+  // `at` of each of `parameters`, at `from` of the values.
   template <typename scalar_t, typename Update>
   void for_rows(const std::vector<scalar_t*>& parameters, const Update& update) const {
     const int64_t count = values.size(0), each = count ? values.numel() / count : 0;
-    const int64_t* at = rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr;
+    const int64_t* row_at = rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr;
     at::parallel_for(0, count, grain(each), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        if (at && k + 1 < end) {
-          // A row is too short for the processor to see by itself that it is read from end to end.
-          for (const scalar_t* of : parameters) {
-            prefetch(of + at[k + 1] * each, each);
+        const int64_t row = row_at ? row_at[k] : k;
+        const auto update_row = update(row);
+        // A row is too short for the processor to see by itself that it is read from end to end. So the next one is
+        // fetched, in stretches so short that there is always something to compute meanwhile.
+        const bool fetches = row_at && k + 1 < end;
+        for (int64_t i = 0; i < each; i += STRETCH) {
+          const int64_t n = std::min(STRETCH, each - i);
+          if (fetches) {
+            for (const scalar_t* of : parameters) {
+              prefetch(of + row_at[k + 1] * each + i, n);
+            }
           }
+          update_row(row * each + i, k * each + i, n);
         }
-        update(at ? at[k] : k, k, each);
       }
     });
   }
 
+  static constexpr int64_t STRETCH = 64;
+
   template <typename scalar_t>
-  static void prefetch(const scalar_t* row, int64_t n) {
-    constexpr int64_t LINE = 64 / sizeof(scalar_t), MOST = 512;  // beyond so many lines it would evict its own
-    for (int64_t i = 0; i < std::min(n, MOST * LINE); i += LINE) {
-      __builtin_prefetch(row + i, 1);
+  static void prefetch(const scalar_t* from, int64_t n) {
+    constexpr int64_t LINE = 64 / sizeof(scalar_t);
+    for (int64_t i = 0; i < n; i += LINE) {
+      __builtin_prefetch(from + i);
     }
   }
 };
@@ -120,9 +130,9 @@ struct Adam {
   double grad_scale;
   double log1 = std::log(beta1), log2 = std::log(beta2);  // taken once, not once a row
 
-  // `largest` is null without amsgrad.
+  // The update of a row's numbers: n of w, m, v, largest and g. `largest` is null without amsgrad.
   template <typename scalar_t>
-  void row(Update of, scalar_t* w, scalar_t* m, scalar_t* v, scalar_t* largest, const scalar_t* g, int64_t n) const {
+  auto row(Update of) const {
     using real = real_t<scalar_t>;
     // expm1: for a beta close to one the difference 1 - beta**t loses four digits.
     const double correction1 = -std::expm1(of.t * log1);
@@ -141,30 +151,32 @@ struct Adam {
     const auto keep2 = static_cast<real>(left2), take2 = static_cast<real>(1 - beta2);
     const auto coupled = static_cast<real>(decoupled_weight_decay ? 0 : weight_decay);
     const auto keep_w = static_cast<real>(left_w);
-    // Two loops, so that neither has a branch and both become vector instructions.
-    if (largest == nullptr) {
+    return [=](scalar_t* w, scalar_t* m, scalar_t* v, scalar_t* largest, const scalar_t* g, int64_t n) {
+      // Two loops, so that neither has a branch and both become vector instructions.
+      if (largest == nullptr) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + coupled * w_i;
-        const real m_i = keep1 * static_cast<real>(m[i]) + take1 * g_i;
-        const real v_i = keep2 * static_cast<real>(v[i]) + take2 * g_i * g_i;
-        m[i] = m_i;
-        v[i] = v_i;
-        w[i] = keep_w * w_i - lr_hat * m_i / (std::sqrt(v_i) + eps_hat);
-      }
-    } else {
+        for (int64_t i = 0; i < n; ++i) {
+          const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + coupled * w_i;
+          const real m_i = keep1 * static_cast<real>(m[i]) + take1 * g_i;
+          const real v_i = keep2 * static_cast<real>(v[i]) + take2 * g_i * g_i;
+          m[i] = m_i;
+          v[i] = v_i;
+          w[i] = keep_w * w_i - lr_hat * m_i / (std::sqrt(v_i) + eps_hat);
+        }
+      } else {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + coupled * w_i;
-        const real m_i = keep1 * static_cast<real>(m[i]) + take1 * g_i;
-        const real v_i = keep2 * static_cast<real>(v[i]) + take2 * g_i * g_i;
-        const real max_i = std::max(static_cast<real>(largest[i]), v_i);
-        m[i] = m_i;
-        v[i] = v_i;
-        largest[i] = max_i;
-        w[i] = keep_w * w_i - lr_hat * m_i / (std::sqrt(max_i) + eps_hat);
+        for (int64_t i = 0; i < n; ++i) {
+          const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + coupled * w_i;
+          const real m_i = keep1 * static_cast<real>(m[i]) + take1 * g_i;
+          const real v_i = keep2 * static_cast<real>(v[i]) + take2 * g_i * g_i;
+          const real max_i = std::max(static_cast<real>(largest[i]), v_i);
+          m[i] = m_i;
+          v[i] = v_i;
+          largest[i] = max_i;
+          w[i] = keep_w * w_i - lr_hat * m_i / (std::sqrt(max_i) + eps_hat);
+        }
       }
-    }
+    };
   }
 };
 
@@ -210,9 +222,10 @@ void adam_rows_(
       if (largest) {
         read.push_back(largest);
       }
-      grad.for_rows(read, [&](int64_t row, int64_t k, int64_t n) {
-        const int64_t at = row * n;
-        adam.row(count.next(row), w + at, m + at, v + at, largest ? largest + at : nullptr, g + k * n, n);
+      grad.for_rows(read, [&](int64_t row) {
+        return [=, update = adam.row<scalar_t>(count.next(row))](int64_t at, int64_t from, int64_t n) {
+          update(w + at, m + at, v + at, largest ? largest + at : nullptr, g + from, n);
+        };
       });
     });
   }
@@ -223,31 +236,33 @@ struct SGD {
   bool nesterov, maximize;
   double grad_scale;
 
-  // `b` is null without momentum.
+  // The update of a row's numbers: n of w, b and g. `b` is null without momentum.
   template <typename scalar_t>
-  void row(Update of, scalar_t* w, scalar_t* b, const scalar_t* g, int64_t n) const {
+  auto row(Update of) const {
     using real = real_t<scalar_t>;
     const auto sign = static_cast<real>((maximize ? -1 : 1) / grad_scale);
     const auto decay = static_cast<real>(weight_decay), rate = static_cast<real>(lr);
-    if (b == nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const real w_i = w[i];
-        w[i] = w_i - rate * (sign * static_cast<real>(g[i]) + decay * w_i);
-      }
-      return;
-    }
     // b is zero the first time, so that g undampened is all of b.
     const auto take = static_cast<real>(of.first() ? 1 : 1 - dampening), mu = static_cast<real>(momentum);
     const auto keep = static_cast<real>(of.age == 1 ? momentum : std::pow(momentum, of.age));
     const real of_g = nesterov ? 1 : 0, of_b = nesterov ? mu : 1;
+    return [=](scalar_t* w, scalar_t* b, const scalar_t* g, int64_t n) {
+      if (b == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + decay * w_i;
-      const real b_i = keep * static_cast<real>(b[i]) + take * g_i;
-      b[i] = b_i;
-      w[i] = w_i - rate * (of_g * g_i + of_b * b_i);
-    }
+        for (int64_t i = 0; i < n; ++i) {
+          const real w_i = w[i];
+          w[i] = w_i - rate * (sign * static_cast<real>(g[i]) + decay * w_i);
+        }
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) {
+          const real w_i = w[i], g_i = sign * static_cast<real>(g[i]) + decay * w_i;
+          const real b_i = keep * static_cast<real>(b[i]) + take * g_i;
+          b[i] = b_i;
+          w[i] = w_i - rate * (of_g * g_i + of_b * b_i);
+        }
+      }
+    };
   }
 };
 
@@ -280,9 +295,10 @@ void sgd_rows_(
       if (b) {
         read.push_back(b);
       }
-      grad.for_rows(read, [&](int64_t row, int64_t k, int64_t n) {
-        const int64_t at = row * n;
-        sgd.row(count.next(row), w + at, plain ? nullptr : b + at, g + k * n, n);
+      grad.for_rows(read, [&](int64_t row) {
+        return [=, update = sgd.row<scalar_t>(count.next(row))](int64_t at, int64_t from, int64_t n) {
+          update(w + at, b ? b + at : nullptr, g + from, n);
+        };
       });
     });
   }

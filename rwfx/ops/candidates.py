@@ -1,8 +1,8 @@
 """Candidates: places where a sparse weight has no number and may get one, drawn by guided stochastic exploration.
 
-In: how much each input and each output weighs, ``f`` and ``q``. Out: the distinct places drawn, less those that are
-taken. A draw is a column ``a`` with probability ``f[a]`` and a row ``b`` with probability ``q[b]``, independently, so
-it takes time in proportion to inputs, outputs and draws, and not to their product (Heddes et al. 2024).
+In: how much each input and each output weighs, ``f`` and ``q``. Out: the places drawn. A draw is a column ``a`` with
+probability ``f[a]`` and a row ``b`` with probability ``q[b]``, independently, so it takes time in proportion to inputs,
+outputs and draws, and not to the product of the first two (Heddes et al. 2024).
 
 Each number is found in the running sums by bisection: ``log`` of their length in place of the constant of Walker's
 alias method, whose tables are made one entry after the other. What is drawn is a function of a key alone
@@ -29,7 +29,7 @@ def draw_places(
     key: Tensor,
     device: torch.device,
 ) -> Tensor:
-    """``count`` draws with replacement: their distinct keys, sorted.
+    """``count`` draws with replacement, as keys in the order they are drawn.
 
     Args:
         of_inputs: ``(G, I)``, not negative: row ``b`` is in group ``b // (O / G)`` and its column is drawn by that
@@ -41,7 +41,7 @@ def draw_places(
     number_M = torch.arange(count, device=device)
     u_M, v_M = (uniform(key, number_M.new_tensor(stream), number_M) for stream in (COLUMN, ROW))
     if of_inputs is None or of_rows is None:
-        return ((u_M * columns).long() * rows + (v_M * rows).long()).unique()
+        return (u_M * columns).long() * rows + (v_M * rows).long()
     sum_GI = of_inputs.double().cumsum(1)
     per_group = rows // len(sum_GI)
     # A place (a, b) is to be drawn with a probability proportional to of_inputs[group of b, a] * of_rows[b].
@@ -50,14 +50,13 @@ def draw_places(
         return draw_places(None, None, rows, columns, count, key, device)
     row_M = _found(sum_O, v_M * sum_O[-1])
     if len(sum_GI) == 1:
-        column_M = _found(sum_GI[0], u_M * sum_GI[0, -1])
-    else:
-        # One running sum over all groups, each of which goes from its number to the next.
-        group_M = row_M // per_group
-        shares_GI = sum_GI / sum_GI[:, -1:].where(sum_GI[:, -1:] > 0, 1)
-        all_ = (shares_GI + torch.arange(len(sum_GI), device=device)[:, None]).flatten()
-        column_M = _found(all_, u_M + group_M) - group_M * columns
-    return (column_M.clamp(0, columns - 1) * rows + row_M).unique()
+        return _found(sum_GI[0], u_M * sum_GI[0, -1]) * rows + row_M
+    # One running sum over all groups, each of which goes from its number to the next.
+    group_M = row_M // per_group
+    shares_GI = sum_GI / sum_GI[:, -1:].where(sum_GI[:, -1:] > 0, 1)
+    all_ = (shares_GI + torch.arange(len(sum_GI), device=device)[:, None]).flatten()
+    column_M = (_found(all_, u_M + group_M) - group_M * columns).clamp_(0, columns - 1)
+    return column_M * rows + row_M
 
 
 def random_signs(key: Tensor, count: int, device: torch.device) -> Tensor:

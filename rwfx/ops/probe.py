@@ -96,8 +96,12 @@ EXPLORE: Mapping[str, Callable[[WeightedCall, Tensor], tuple[Tensor | None, Tens
     # |sum_i h_i d_i| <= (sum_i |h_i|) (sum_i |d_i|): by an upper bound of the gradient's magnitude.
     "grabo": lambda call, key: call.sums(None),
     # E[(sum_i s_i h_i) (sum_i s_i d_i)] = sum_i h_i d_i with random signs s_i, the same for inputs and rows.
-    "graest": lambda call, key: call.sums(random_signs(key, call.entries, call.x.device)),
+    "graest": lambda call, key: _absolute(call.sums(random_signs(key, call.entries, call.x.device))),
 }
+
+
+def _absolute(sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return sums[0].abs(), sums[1].abs()
 
 
 def _explored(distribution: str) -> Callable[[WeightedCall, Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -106,7 +110,7 @@ def _explored(distribution: str) -> Callable[[WeightedCall, Tensor, Tensor], tup
         if draws:
             drawn = draw_places(
                 *EXPLORE[distribution](call, key), call.rows, call.columns, int(draws), key, call.x.device
-            )
+            ).unique()
         else:
             drawn = torch.arange(call.rows * call.columns, device=call.x.device)
         found = without(drawn, keys_of(call.ccol_indices, call.row_indices, call.rows))

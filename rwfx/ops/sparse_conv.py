@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rwfx.nonzeros import Index, keys_of
-from rwfx.ops.sparse_linear import By, check_operands, dense_weight
+from rwfx.ops.sparse_linear import AUTOCAST, By, check_operands, dense_weight, in_autocast
 
 _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define(
@@ -69,7 +69,8 @@ def _forward(
     kernel, stride, padding, dilation, groups, by="nonzeros",
 ):  # fmt: skip
     check_operands(x.shape[1] // groups * prod(kernel), len(ccol_indices) - 1, values, row_indices)
-    W = _dense(values, ccol_indices, row_indices, len(crow_indices) - 1, kernel)
+    W = _dense(values.to(x.dtype), ccol_indices, row_indices, len(crow_indices) - 1, kernel)
+    bias = None if bias is None else bias.to(x.dtype)
     return torch.ops.aten.convolution(x, W, bias, stride, padding, dilation, False, [0, 0], groups).contiguous()
 
 
@@ -78,14 +79,15 @@ def _backward(
     kernel, stride, padding, dilation, groups, needs_dx, needs_dv, by="nonzeros",
 ):  # fmt: skip
     rows = len(crow_indices) - 1
-    W = _dense(values, ccol_indices, row_indices, rows, kernel)
+    W = _dense(values.to(x.dtype), ccol_indices, row_indices, rows, kernel)
     dx, dW, _ = torch.ops.aten.convolution_backward(
         g, x, W, None, stride, padding, dilation, False, [0, 0], groups, [needs_dx, needs_dv, False]
     )
     dx = dx.contiguous() if needs_dx else g.new_empty(0)
     if not needs_dv:
         return dx, values.new_empty(0)
-    return dx, dW.flatten(1).t().reshape(-1).index_select(0, keys_of(ccol_indices, row_indices, rows))
+    dv = dW.flatten(1).t().reshape(-1).index_select(0, keys_of(ccol_indices, row_indices, rows))
+    return dx, dv.to(values.dtype)
 
 
 def _dense(values: Tensor, ccol_indices: Tensor, row_indices: Tensor, rows: int, kernel: Sequence[int]) -> Tensor:
@@ -115,7 +117,7 @@ def _backward_fake(
 
 def _save(ctx, inputs, output):
     x, values, bias, ccol_indices, row_indices, crow_indices, _, _, *ctx.options, ctx.by = inputs
-    ctx.has_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, values, ccol_indices, row_indices, crow_indices)
 
 
@@ -127,11 +129,13 @@ def _gradients(ctx, g):
             g, *ctx.saved_tensors, *ctx.options, needs_dx, needs_dv, ctx.by
         )
         dx, dv = (part if needed else None for part, needed in zip(found, (needs_dx, needs_dv), strict=True))
-    if ctx.has_bias and needs_db:
-        db = g.sum((0, 2, 3))
+    if needs_db:
+        db = g.sum((0, 2, 3)).to(ctx.bias_dtype)
     return dx, dv, db, *[None] * 11
 
 
 torch.library.register_fake("rwfx::sparse_conv", _forward_fake, lib=_library)
 torch.library.register_fake("rwfx::sparse_conv_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("rwfx::sparse_conv", _gradients, setup_context=_save, lib=_library)
+for _device, _key in AUTOCAST.items():
+    _library.impl("sparse_conv", in_autocast(torch.ops.rwfx.sparse_conv.default, _device), _key)

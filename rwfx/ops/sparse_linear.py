@@ -28,6 +28,8 @@ _library.define(
     "Tensor crow_indices, bool needs_dx, bool needs_dv, str by='nonzeros') -> (Tensor, Tensor)"
 )
 
+AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
 By = Literal["nonzeros", "dense"]
 """How a product is computed: from the non-zeros, or densely, from a weight that is filled for the call."""
 
@@ -40,6 +42,9 @@ def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, 
         y[:, o] = sum over n with o_n = o of  values[n] * x[:, i_n]       + bias[o]
         dx[:, i] = sum over n with i_n = i of values[n] * g[:, o_n]
         dvalues[n] = sum over B of g[:, o_n] * x[:, i_n]                  dbias = g.sum(0)
+
+    ``y`` has the type of ``x``, which autocast chooses; numbers and their gradients keep their own, and on a CPU with
+    the kernels of ``rwfx.native`` sums are of float32 at least.
 
     Args:
         x: ``(*, I)``, any leading shape.    values: ``(N,)``.    bias: ``(O,)`` or None.
@@ -65,10 +70,11 @@ def _forward(x, values, bias, ccol_indices, row_indices, crow_indices, col_indic
     rows, columns = len(crow_indices) - 1, len(ccol_indices) - 1
     check_operands(x.shape[-1], columns, values, row_indices)
     if by == "dense":
-        return F.linear(x, dense_weight(values, ccol_indices, row_indices, rows), bias).contiguous()
+        W = dense_weight(values.to(x.dtype), ccol_indices, row_indices, rows)
+        return F.linear(x, W, None if bias is None else bias.to(x.dtype)).contiguous()
     y_BO = _csr_product(crow_indices, col_indices, values[order], columns, x.reshape(-1, columns))
     if bias is not None:
-        y_BO = y_BO + bias
+        y_BO = y_BO + bias.to(x.dtype)
     return y_BO.reshape(*x.shape[:-1], rows).contiguous()
 
 
@@ -78,7 +84,7 @@ def _backward(g, x, values, ccol_indices, row_indices, crow_indices, needs_dx, n
     dx, dv = g.new_empty(0), values.new_empty(0)
     if needs_dx:
         if by == "dense":
-            dx = g_BO @ dense_weight(values, ccol_indices, row_indices, rows)
+            dx = g_BO @ dense_weight(values.to(g.dtype), ccol_indices, row_indices, rows)
         else:
             dx = _csr_product(ccol_indices, row_indices, values, rows, g_BO)
         dx = dx.reshape(x.shape).contiguous()
@@ -90,7 +96,7 @@ def _backward(g, x, values, ccol_indices, row_indices, crow_indices, needs_dx, n
 def _csr_product(starts: Tensor, places: Tensor, values: Tensor, width: int, x_BI: Tensor) -> Tensor:
     """``x @ M.T`` of a matrix in CSR, which has ``width`` columns."""
     if not _has_csr(x_BI):
-        M = dense_weight(values, starts, places, width).t()  # CSR is CSC of the transpose
+        M = dense_weight(values.to(x_BI.dtype), starts, places, width).t()  # CSR is CSC of the transpose
         return x_BI @ M.t()
     dtype = _csr_dtype(x_BI.dtype)
     M = _csr(starts, places, values.to(dtype), width)
@@ -148,7 +154,7 @@ def _backward_fake(g, x, values, ccol_indices, row_indices, crow_indices, needs_
 
 def _save(ctx, inputs, output):
     x, values, bias, ccol_indices, row_indices, crow_indices, _, _, ctx.by = inputs
-    ctx.has_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, values, ccol_indices, row_indices, crow_indices)
 
 
@@ -159,11 +165,24 @@ def _gradients(ctx, g):
     if needs_dx or needs_dv:
         found = torch.ops.rwfx.sparse_linear_backward.default(g, x, values, *index, needs_dx, needs_dv, ctx.by)
         dx, dv = (part if needed else None for part, needed in zip(found, (needs_dx, needs_dv), strict=True))
-    if ctx.has_bias and needs_db:
-        db = g.reshape(-1, g.shape[-1]).sum(0)
+    if needs_db:
+        db = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
     return dx, dv, db, None, None, None, None, None, None
+
+
+def in_autocast(op, device: str):
+    """The operator with its input in the type of autocast on ``device``; double precision it leaves alone."""
+
+    def kernel(x, *others):
+        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        with torch.amp.autocast(device, enabled=False):
+            return op(x.to(dtype), *others)
+
+    return kernel
 
 
 torch.library.register_fake("rwfx::sparse_linear", _forward_fake, lib=_library)
 torch.library.register_fake("rwfx::sparse_linear_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("rwfx::sparse_linear", _gradients, setup_context=_save, lib=_library)
+for _device, _key in AUTOCAST.items():
+    _library.impl("sparse_linear", in_autocast(torch.ops.rwfx.sparse_linear.default, _device), _key)

@@ -71,17 +71,17 @@ class WeightedCall(NamedTuple):
         return self._patch_product(self.x, self.g, self.rows).flatten(1).t().flatten()
 
     def sums(self, sign: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of every input and every row the sum over the batch: ``(G, I)`` and ``(O,)``, not negative.
+        """Of every input and every row the sum over the batch, ``(G, I)`` and ``(O,)``.
 
-        Of absolute values; with ``sign``, ``(B,)``, the absolute value of the sum of signed values.
+        With ``sign``, ``(B,)``, of what it makes of the values; without, of their absolute values.
         """
         x, g = (self.x.abs(), self.g.abs()) if sign is None else (self.x, self.g)
         sign = x.new_ones(self.entries) if sign is None else sign.to(x)
         if not self.options:
-            return (sign @ x.reshape(-1, self.columns))[None].abs(), (sign @ g.reshape(-1, self.rows)).abs()
+            return (sign @ x.reshape(-1, self.columns))[None], sign @ g.reshape(-1, self.rows)
         signs = sign.view(g.shape[0], 1, *g.shape[2:])
         of_inputs = self._patch_product(x, signs.expand(-1, self.groups, -1, -1), self.groups)
-        return of_inputs.flatten(1).abs(), (g * signs).sum((0, 2, 3)).abs()
+        return of_inputs.flatten(1), (g * signs).sum((0, 2, 3))
 
     @property
     def _options(self) -> tuple[list[int], list[int], list[int], list[int], int]:

@@ -11,9 +11,9 @@ For a weight with ``K`` non-zeros, ``theta`` the whole of it, ``A`` the places o
 and elsewhere drawn as for a dense weight, uniformly with the standard deviation ``1 / sqrt(I)``: most of it is smaller
 than what a sparsified model stores.
 
-The paper's exploration loss, ``|theta_A|^2 + |theta_{B \\ A}|^2 / D`` with the density ``D``, is the weight decay of the
-optimizer: ``B \\ A`` is a parameter group of its own, with ``1 / D`` of the decay. (A scheduler of learning rates that
-was made before does not know that group.) What comes into ``A`` or ``B \\ A`` starts with an optimizer state of 0.
+The paper's exploration loss, ``|theta_A|^2 + |theta_{B \\ A}|^2 / D`` with the density ``D``, is the weight decay of
+the optimizer: ``B \\ A`` is a parameter group of its own, with ``1 / D`` of the decay. (A scheduler of learning rates
+that was made before does not know that group.) What comes into ``A`` or ``B \\ A`` starts with an optimizer state of 0.
 
 Axes: I columns and O rows of the weight, N connections, E explored places.
 """

@@ -143,7 +143,7 @@ class Topology:
         self._exploration = None
         if self.method == "topkast":
             self._exploration = Exploration(self.weights, optimizer, self.options["gamma"], self._key(0))
-        self._look()
+        self._look(first=True)
 
     @property
     def updates(self) -> int:
@@ -186,7 +186,7 @@ class Topology:
             )
         self.seed, self.steps = state["seed"], state["steps"]
         self.history = [Update(**update) for update in state["history"]]
-        self._look()
+        self._look(first=True)
         for name in self._with_momentum():
             self._probe(name).grads.copy_(state["momentum"][name])
         if self._exploration is not None:
@@ -197,11 +197,14 @@ class Topology:
         counted = (self.steps + 1) % self.interval == 0 and (self.end is None or self.steps < self.end)
         return counted and self.method != "static"
 
-    def _look(self) -> None:
-        """Tell the probes what to look for in the next backward pass."""
+    def _look(self, first: bool = False) -> None:
+        """Tell the probes what to look for in the next backward pass.
+
+        At first they get their places also where nothing is due: a model that is compiled then has them.
+        """
         due = self._is_due()
         for n, weight in enumerate(self.weights.values()):
-            if weight.probe is None or not (due or weight.probe.found or self._rules.always):
+            if weight.probe is None or not (first or due or weight.probe.looks or self._rules.always):
                 continue
             if self.method == "topkast":
                 weight.probe.look(True, given=len(weight.probe.keys))

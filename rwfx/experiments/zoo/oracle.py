@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rwfx.weight_views import View
 
@@ -30,6 +32,7 @@ class MaskedCalls(TorchFunctionMode):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         held = {name: parameters[name] for name in (weight.partition("[")[0] for weight in rows)}
         self.parameters = {p.untyped_storage().data_ptr(): (name, p) for name, p in held.items()}
+        self.origins = WeakIdKeyDictionary()  # of what is computed without calls on weights, the parameters behind it
         self.rows = rows
         self.met: set[str] = set()
         self.rounded = False
@@ -39,6 +42,8 @@ class MaskedCalls(TorchFunctionMode):
     ) -> Any:
         """Call ``func``, and hook its output where it is a call on one of the weights."""
         out = func(*args, **(kwargs or {}))
+        if func not in CALLS:
+            self._note_origins(args, kwargs, out)
         if not isinstance(out, Tensor):
             return out
         self.rounded |= out.requires_grad and out.dtype == torch.float32
@@ -53,11 +58,25 @@ class MaskedCalls(TorchFunctionMode):
                     out.register_hook(lambda g: g * mask)
         return out
 
+    def _note_origins(self, *given: Any) -> None:
+        """Let the results of a call, the last of ``given``, have the origins of its operands."""
+        *operands, out = given
+        found = set()
+        for x in tree_leaves(operands):
+            if isinstance(x, Tensor):
+                place = x.untyped_storage().data_ptr()
+                found |= {place} if place in self.parameters else self.origins.get(x, set())
+        for x in tree_leaves(out) if found else ():
+            if isinstance(x, Tensor):
+                self.origins[x] = found
+
     def _weight_of(self, operand: Any) -> str:
-        """The name of the weight that a call multiplies with: of a parameter, or of a part of one by where it lies."""
+        """The name of the weight that a call multiplies with: of a parameter, of a part of one by where it lies, or of
+        one of the weight's shape that it is computed from."""
         place = operand.untyped_storage().data_ptr() if isinstance(operand, Tensor) else 0
         if place not in self.parameters:
-            return ""
+            origins = [self.parameters[at] for at in self.origins.get(operand, ())] if place else []
+            return next((name for name, p in origins if p.shape == operand.shape), "")
         name, parameter = self.parameters[place]
         if operand.dim() != 2 or parameter.dim() not in (2, 3):
             return name

@@ -1,0 +1,340 @@
+"""Sparsified models: what they store, that they compute the same as the dense model with zeros, and what is refused."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+import rwfx
+from rwfx.nonzeros import draw_keys
+from rwfx.sparsity import count_nonzeros
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Mixed(nn.Module):
+    """A convolution, a group convolution, batch norm, linear layers, one called twice, one stored the other way."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2, padding="same", bias=False)
+        self.fc = nn.Linear(8 * 36, 20)
+        self.twice = nn.Linear(20, 20)
+        self.other_way = nn.Parameter(torch.randn(20, 12))
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = self.grouped(self.norm(self.conv(x)).relu())
+        x = self.fc(x.flatten(1)).relu()
+        x = self.twice(self.twice(x).tanh())
+        return self.head(self.drop(x @ self.other_way))
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(4, 3, 6, 6, dtype=dtype)
+
+
+@pytest.mark.parametrize("init", ["er", "erk", "uniform"])
+def test_outputs_and_gradients_are_those_of_the_dense_model_with_zeros(init):
+    sparse = rwfx.sparsify(Mixed().double(), 0.3, init=init)
+    dense = rwfx.densify(sparse)
+    x = batch()
+    for train in (True, False):
+        outputs = []
+        for model in (sparse, dense):
+            model.train(train)
+            model.zero_grad()
+            torch.manual_seed(1)
+            outputs.append(model(x))
+            outputs[-1].square().sum().backward()
+        assert_close(*outputs, rtol=1e-12, atol=1e-12)
+        for name, weight in sparse.sparse_weights.items():
+            full = dense.get_parameter(name).grad
+            full = full.t() if weight.transposed else full
+            assert_close(weight.values.grad, full.flatten(1).t().flatten()[weight.keys()], rtol=1e-11, atol=1e-11)
+
+
+def test_a_densified_model_loads_into_the_class_it_came_from():
+    model = Mixed()
+    dense = rwfx.densify(rwfx.sparsify(model, 0.2))
+    assert list(dense.state_dict()) == list(model.state_dict())
+    model.load_state_dict(dense.state_dict())
+    x = batch(torch.float32)
+    assert_close(model.eval()(x), dense.eval()(x))
+
+
+def test_nothing_of_a_dense_weight_is_left():
+    sparse = rwfx.sparsify(Mixed(), 0.1)
+    stored = {*sparse.state_dict(), *dict(sparse.named_parameters()), *dict(sparse.named_buffers())}
+    for name in ("conv.weight", "fc.weight", "twice.weight", "other_way"):
+        assert name not in stored
+        assert f"{name}.values" in stored
+    assert max(t.numel() for t in (*sparse.parameters(), *sparse.buffers())) < 20 * 288
+
+
+def test_the_model_is_left_as_it_was():
+    model = Mixed()
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    sparse = rwfx.sparsify(model, 0.1)
+    for tensor in sparse.parameters():
+        tensor.data.fill_(9)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is before[name][0]
+        assert torch.equal(tensor, before[name][1])
+
+
+def test_the_largest_weights_of_a_model_are_kept_with_its_biases():
+    model = Mixed().eval()
+    x = batch(torch.float32)
+    assert_close(rwfx.sparsify(model, 1.0, values="largest")(x), model(x))
+    pruned = rwfx.sparsify(model, 0.25, init="uniform", values="largest")
+    weight, full = pruned.sparse_weights["fc.weight"], model.fc.weight
+    kept = weight.to_dense()
+    assert torch.equal(kept[kept != 0], full[kept != 0])
+    assert full[kept == 0].abs().max() <= kept[kept != 0].abs().min()
+    assert torch.equal(pruned.fc.bias, model.fc.bias)
+
+
+def test_drawn_values_have_the_standard_deviation_of_their_rows_fan_in():
+    sparse = rwfx.sparsify(nn.Sequential(nn.Linear(3000, 400)), 0.05, seed=1)
+    weight = sparse.sparse_weights["0.weight"]
+    full = weight.to_dense().detach()
+    fan_in = (full != 0).sum(1)
+    scaled = full * fan_in.sqrt()[:, None]
+    assert scaled.abs().max() <= 3**0.5
+    assert abs(float(scaled[full != 0].std()) - 1) < 0.02
+    assert abs(float((sparse.get_parameter("0.bias") * fan_in.sqrt()).std()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("init", ["er", "erk", "uniform"])
+@pytest.mark.parametrize("density", [0.001, 0.02, 0.3, 0.9, 1.0])
+def test_non_zeros_add_up_exactly_and_none_has_more_than_its_places(density, init):
+    shapes = {"conv": (16, 3, 3, 3), "deep": (64, 64, 3, 3), "wide": (512, 1024), "head": (10, 512)}
+    counts = count_nonzeros(shapes, density, init)
+    assert sum(counts.values()) == round(density * sum(map(prod, shapes.values())))
+    assert all(1 <= counts[name] <= prod(shape) for name, shape in shapes.items())
+
+
+def test_what_a_whole_weight_cannot_take_is_dealt_to_the_others_in_proportion():
+    shapes = {"small": (4, 4), "a": (100, 100), "b": (300, 100)}
+    counts = count_nonzeros(shapes, 0.5, "er")
+    assert counts["small"] == 16
+    assert abs(counts["b"] / counts["a"] - 2) < 0.001 or counts["a"] == 10000
+
+
+def test_every_set_of_places_is_equally_likely():
+    drawn = torch.zeros(12)
+    generator = torch.Generator().manual_seed(0)
+    pairs: dict[tuple[int, ...], int] = {}
+    for _ in range(6000):
+        keys = draw_keys(4, 3, 2, generator)
+        drawn[keys] += 1
+        pairs[tuple(keys.tolist())] = pairs.get(tuple(keys.tolist()), 0) + 1
+    assert len(pairs) == 66
+    expected = 6000 / 66
+    chi_square = sum((n - expected) ** 2 / expected for n in pairs.values())
+    assert chi_square < 110  # 65 degrees of freedom: above it once in 2000 draws
+
+
+def test_equal_seeds_draw_equal_models():
+    a, b, c = (rwfx.sparsify(Mixed(), 0.1, seed=seed) for seed in (3, 3, 4))
+    state = b.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in a.state_dict().items() if "fc" in name)
+    assert not torch.equal(a.sparse_weights["fc.weight"].keys(), c.sparse_weights["fc.weight"].keys())
+
+
+def test_named_weights_stay_dense():
+    sparse = rwfx.sparsify(Mixed(), 0.1, dense=["head", nn.Conv2d, lambda name, module: name == "other_way"])
+    assert set(sparse.sparse_weights) == {"fc.weight", "twice.weight"}
+    assert sparse.report.lines[-1].dense_because
+    with pytest.raises(ValueError, match="'fx', which matches no weight or module"):
+        rwfx.sparsify(Mixed(), 0.1, dense="fx")
+
+
+def test_a_tied_weight_is_one_and_what_something_else_reads_stays_dense():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(30, 16)
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.b.weight = self.a.weight
+            self.head = nn.Linear(16, 30, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, words):
+            return self.head(self.b(self.a(self.table(words)).relu()))
+
+    sparse = rwfx.sparsify(Tied(), 0.3)
+    assert list(sparse.sparse_weights) == ["a.weight"]
+    assert sparse.a.weight is sparse.b.weight
+    (line,) = (line for line in sparse.report.lines if line.weight == "table.weight")
+    assert "reads it too" in line.dense_because
+    sparse(torch.arange(5)).sum().backward()
+    dense = rwfx.densify(sparse)
+    assert dense.a.weight is dense.b.weight
+    assert_close(dense(torch.arange(5)), sparse(torch.arange(5)))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_and_files_hold_the_whole_model(how):
+    sparse = rwfx.sparsify(Mixed(), 0.2).eval()
+    copied = how(sparse)
+    x = batch(torch.float32)
+    assert torch.equal(copied(x), sparse(x))
+    assert type(copied).__mro__[1] is rwfx.SparsifiedModule
+    assert str(copied.report) == str(sparse.report)
+    with torch.no_grad():
+        copied.sparse_weights["fc.weight"].values.zero_()
+    assert not torch.equal(copied(x), sparse(x))
+
+
+def test_a_state_dict_brings_places_and_values():
+    x = batch(torch.float32)
+    ours, theirs = (rwfx.sparsify(Mixed(), 0.2, seed=seed).eval() for seed in (1, 2))
+    optimizer = torch.optim.SGD(ours.parameters(), 0.1)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours(x), theirs(x))
+    assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], ours.parameters(), strict=True))
+
+
+def test_non_zeros_of_another_weight_are_refused():
+    model = rwfx.sparsify(nn.Sequential(nn.Linear(20, 10)), 0.2)
+    before = copy.deepcopy(model.state_dict())
+    other = rwfx.sparsify(nn.Sequential(nn.Linear(21, 10)), 0.2).state_dict()
+    with pytest.raises(RuntimeError, match=r"sparse weight '0.weight' has 20 columns .* what is loaded has 21"):
+        model.load_state_dict(other)
+    taller = rwfx.sparsify(nn.Sequential(nn.Linear(20, 40)), 0.2).state_dict() | {"0.bias": before["0.bias"]}
+    with pytest.raises(RuntimeError, match="its places do not lie in 10 rows and 20 columns"):
+        model.load_state_dict(taller)
+    with pytest.raises(RuntimeError, match="one int64 number for each value"):
+        model.load_state_dict(before | {"0.weight.values": torch.zeros(3)})
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_model_on_the_meta_device_gets_numbers_and_never_a_dense_weight():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(50, 40), nn.LayerNorm(40), nn.Linear(40, 10))
+    sparse = rwfx.sparsify(model, 0.1)
+    assert not any(t.is_meta for t in (*sparse.parameters(), *sparse.buffers()))
+    assert torch.equal(sparse.get_parameter("1.weight"), torch.ones(40))
+    sparse(torch.randn(3, 50)).sum().backward()
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device"):
+        rwfx.sparsify(model, 0.1, values="largest")
+
+
+HUGE = """
+import resource, torch, rwfx
+from torch import nn
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+small = rwfx.sparsify(nn.Sequential(nn.Linear(64, 64)), 0.5, by="nonzeros")  # what is loaded once
+optimizer = torch.optim.Adam(small.parameters())
+small(torch.randn(8, 64)).square().mean().backward()
+optimizer.step()
+before = peak()
+with torch.device("meta"):
+    model = nn.Sequential(nn.Linear(65536, 65536))
+model = rwfx.sparsify(model, 2_000_000 / 65536**2)
+optimizer = torch.optim.Adam(model.parameters())
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.randn(16, 65536)).square().mean().backward()
+    optimizer.step()
+assert model.nnz == 2_000_000
+print((peak() - before) / 1e6)
+"""
+
+
+def test_a_layer_of_four_billion_places_trains_in_half_a_gigabyte():
+    run = subprocess.run(
+        [sys.executable, "-c", HUGE], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.split()[-1]) < 500
+
+
+def test_it_compiles_as_one_graph_forward_and_backward():
+    model = rwfx.sparsify(Mixed(), 0.3)
+    compiled = torch.compile(model, fullgraph=True)
+    x = batch(torch.float32)
+    model.eval()
+    assert_close(compiled(x), model(x))
+    compiled(x).square().sum().backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert_close(ours, [p.grad for p in model.parameters()])
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x) + self.fc.weight.sum()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"density": 0}, "density must be a number"),
+        ({"density": 1.5}, "density must be a number"),
+        ({"density": 1e-9}, "each needs one"),
+        ({"init": "normal"}, "init must be one of 'er', 'erk', 'uniform', got 'normal'"),
+        ({"growth": "grow"}, "growth must be one of 'gse'"),
+        ({"values": "small"}, "values must be one of"),
+        ({"by": "mask"}, "by must be one of"),
+        ({"dense": "*"}, "no weight is left to store as non-zeros"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rwfx.sparsify(Mixed(), **{"density": 0.1, **arguments})
+
+
+def test_models_that_cannot_be_made_sparse_are_refused():
+    with pytest.raises(ValueError, match=r"no weight is left .*fc.weight: sum.* reads it too"):
+        rwfx.sparsify(Reads(), 0.1)
+    sparse = rwfx.sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5)
+    with pytest.raises(ValueError, match="already made sparse"):
+        rwfx.sparsify(sparse, 0.1)
+    with pytest.raises(TypeError, match=r"must come from rwfx\.sparsify"):
+        rwfx.densify(nn.Linear(2, 2))
+
+
+def test_the_report_names_what_each_weight_became():
+    report = rwfx.sparsify(Mixed(), 0.1, dense="head").report
+    lines = {line.weight: line for line in report.lines}
+    assert lines["head.weight"].dense_because == 'asked for with "dense="'
+    assert lines["fc.weight"].nnz == rwfx.sparsify(Mixed(), 0.1, dense="head", seed=0).sparse_weights["fc.weight"].nnz
+    assert "non-zeros" in str(report)
+
+
+def test_a_conv_in_one_dimension_stays_dense_and_says_why():
+    class Sounds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv1d(2, 4, 3), nn.Linear(24, 5)
+
+        def forward(self, x):
+            return self.fc(F.relu(self.conv(x)).flatten(1))
+
+    sparse = rwfx.sparsify(Sounds(), 0.5)
+    (line,) = (line for line in sparse.report.lines if line.weight == "conv.weight")
+    assert "conv1d" in line.dense_because
+    sparse(torch.randn(2, 2, 8))
