@@ -5,7 +5,7 @@ model, biases and norms too; not what a step holds for a while, such as activati
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 from torch import Tensor, nn
@@ -79,9 +79,9 @@ def memory_of(
             total[1] += numbers * parameter.itemsize * parameter.requires_grad
             total[2] += sum(_state_bytes(held, parameter, numbers) for held in state.values())
     index = sum(buffer.nbytes for weight in weights for buffer in weight.buffers())
-    return SparseMemory(
-        Bytes(*sparse, index, _topology_bytes(model, weights, topology)), Bytes(*dense, index=0, topology=0)
-    )
+    kept = _topology_bytes(model, weights, topology)
+    own, of_dense = (Bytes(values, gradients, state, 0, 0) for values, gradients, state in (sparse, dense))
+    return SparseMemory(replace(own, index=index, topology=kept), of_dense)
 
 
 def _topology_bytes(model: nn.Module, weights: Sequence[SparseWeight], topology: Topology | None) -> int:

@@ -46,9 +46,9 @@ def network_of(plan: Plan, task: ImageTask, method: str, density: float, seed: i
         return task.network(plan.width, seed)
     if method == SMALL:
         return task.network(small_width(plan, task, density), seed)
-    start: dict[str, Any] = {"density": 1.0 if method == "gradual" else density, "growth": method}
+    start: dict[str, Any] = {"density": 1.0 if method == "gradual" else density, "growth": method, "init": plan.init}
     network = task.network(plan.width, seed).to(plan.device)
-    return rwfx.sparsify(network, init=plan.init, seed=seed, example_inputs=(task.example,), **start)
+    return rwfx.sparsify(network, seed=seed, example_inputs=(task.example,), **start)
 
 
 def optimizer_of(plan: Plan, network: nn.Module, lr: float) -> Optimizer:

@@ -55,6 +55,7 @@ def draw_density(lines: Sequence[Line], path: Path, title: Sequence[str]) -> Non
     panel.set_xscale("log")
     panel.set_xticks(densities, [f"{of:g}" for of in densities])
     panel.set_xticks([], minor=True)
+    _limit(panel, [_value(of) for of in lines])
     panel.set_xlabel("density: share of the weights' places that have a number")
     _finish(figure, [panel], path, title)
 
@@ -78,11 +79,15 @@ def draw_cost(found: Curves, cost: str, path: Path, title: Sequence[str]) -> Non
         panel.set_xscale("log")
         panel.set_title(f"density {density:g}", fontsize=11)
         panel.set_xlabel(AXES[cost])
-    every = [100 * of.accuracy.value for points in found.values() for of in points]
-    low, high = float(np.quantile(every, 0.2)), max(every)
-    # The first points are far below: they would press the ends together.
-    panels[0].set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+    _limit(panels[0], [_value(points[-1]) for points in found.values()])
     _finish(figure, panels, path, title)
+
+
+def _limit(panel: Any, ends: Sequence[float]) -> None:
+    """Show where every run ends: what comes before, and wide intervals, would press the ends together."""
+    low, high = 100 * min(ends), 100 * max(ends)
+    margin = 0.15 * (high - low) or 1.0
+    panel.set_ylim(low - margin, high + margin)
 
 
 def _finish(figure: Any, panels: Sequence[Any], path: Path, title: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor, nn
 
-from rwfx.experiments.always_sparse.networks import FLAT, MODELS, Image
+from rwfx.experiments.always_sparse.networks import FLAT, MODELS, Image, perceptron
 from rwfx.experiments.always_sparse.plan import Plan
 from rwfx.experiments.data import load
 from rwfx.experiments.policies.tasks import Split, split_off
@@ -39,9 +39,7 @@ def task_of(plan: Plan) -> ImageTask:
     """
     data = load(plan.dataset, plan.data_dir)
     image = Image(data.channels, data.side, data.classes)
-    make = MODELS[plan.model]
-    if plan.model == "mlp":
-        make = partial(make, hidden=plan.hidden)
+    make = partial(perceptron, hidden=plan.hidden) if plan.model == "mlp" else MODELS[plan.model]
     with torch.device("meta"):
         make(image, plan.width, 0)  # refuses images that it cannot take
     split = split_off(data if plan.model in FLAT else data.as_images(), plan.device)
