@@ -52,10 +52,10 @@ def computed_from(gm: GraphModule, node: Any) -> nn.Parameter | None:
     read = [at for at in behind if at.op == "get_attr"]
     if not read:
         return None
-    values: dict[Node, Any] = {at: torch.empty_like(_held(gm, at), device="meta") for at in read}
     try:
+        values: dict[Node, Any] = {at: torch.empty_like(_held(gm, at), device="meta") for at in read}
         shape = _without_data(node, values).shape
-    except Exception:  # an operation that asks for numbers: what it gives is no weight that is known
+    except Exception:  # something else than tensors, or an operation that asks for numbers
         return None
     path, queue = {node}, [node]
     while queue:

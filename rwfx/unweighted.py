@@ -12,7 +12,8 @@ from rwfx.readers import Readers, owned
 
 _LOOKED_UP = "its rows are looked up, and those that are not have no gradient"
 _RECURRENT = "a recurrent layer multiplies with it again and again, each time with what it gave before"
-_EXPERTS = "{} multiplies with several matrices at once, as experts do"
+_SEVERAL = "{} multiplies with it as several matrices at once, of experts or heads"
+_OTHER_PRODUCT = "{} multiplies with it otherwise than x @ w.t() does, as from the left"
 _COMPUTED = "the forward pass computes a weight from it"
 _HOOKED = "its module has hooks, so that it is called as it is"
 
@@ -21,7 +22,7 @@ _WEIGHTED = {bare_name(call) for call in (F.linear, *CONVOLUTIONS)}
 _BY_OPERATION = {
     **dict.fromkeys(("embedding", "embedding_bag"), _LOOKED_UP),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _RECURRENT),
-    **dict.fromkeys(("bmm", "baddbmm", "einsum", "matmul", "grouped_mm", "grouped_mm_fallback"), _EXPERTS),
+    **dict.fromkeys(("bmm", "baddbmm", "einsum", "matmul", "grouped_mm", "grouped_mm_fallback"), _SEVERAL),
 }
 _BY_MODULE: dict[type[nn.Module], str] = {
     nn.Embedding: _LOOKED_UP,
@@ -40,7 +41,8 @@ def why_unweighted(gm: GraphModule, own: nn.Parameter, readers: Readers) -> str:
     for node in reading:
         operation = "" if node.op == "call_module" else bare_name(node.target)  # a module may have any name
         if operation in _BY_OPERATION:
-            return _BY_OPERATION[operation].format(operation)
+            why = _BY_OPERATION[operation]
+            return (_OTHER_PRODUCT if why == _SEVERAL and own.dim() == 2 else why).format(operation)
         if _is_weight(node):
             return _COMPUTED
     return "" if reading else "the forward pass does not read it"

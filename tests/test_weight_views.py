@@ -409,12 +409,14 @@ class Computed(nn.Module):
         super().__init__()
         self.table, self.more = nn.Embedding(9, 6), nn.Parameter(torch.randn(5, 6))
         self.raw, self.experts = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(3, 5, 4))
+        self.left = nn.Parameter(torch.randn(4, 4))
         self.again, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
         self.near = nn.Conv1d(4, 4, 3, groups=4)
 
     def forward(self, ids):
         h = F.linear(self.table(ids), self.raw + self.more)
         h = self.again(torch.einsum("bti,eio->bto", h, self.experts))[0]
+        h = (self.left @ h.mT).mT
         near = self.near.weight.flip(2)
         return self.head(torch.ops.aten.conv1d.default(h.mT, near, None, [1], [1], [1], 4).mT)
 
@@ -428,7 +430,8 @@ def test_a_parameter_that_is_no_weight_stays_dense_with_the_reason():
         "table.weight": "looked up",
         "more": "computes a weight from it",
         "raw": "computes a weight from it",
-        "experts": "einsum multiplies with several matrices",
+        "experts": "einsum multiplies with it as several matrices",
+        "left": "matmul multiplies with it otherwise than x @ w.t()",
         "again.weight_ih_l0": "recurrent layer",
         "near.weight": "computes a weight from it",
     }.items():

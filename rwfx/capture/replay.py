@@ -110,10 +110,9 @@ def same_outputs(model: nn.Module, transformed: nn.Module, inputs: ExampleInputs
 def _first_other(before: Sequence[Leaf], after: Sequence[Leaf]) -> tuple[Access, ...] | None:
     """The way to the first leaf that is another one, or is at another place, than before; None if all are the same."""
     for old, new in zip_longest(before, after):
-        if old is None or new is None:
-            return (new or old)[0]
-        if old[0] != new[0] or old[1] is not new[1]:
-            return new[0]
+        at = new or old
+        if at is not None and not (old and new and old[0] == new[0] and old[1] is new[1]):
+            return at[0]
     return None
 
 

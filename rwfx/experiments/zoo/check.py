@@ -28,7 +28,9 @@ from rwfx.transformed import Transformed
 SEED = 1
 ROWS = rwfx.Uniform({"*": 0.3})
 """Of every weight, also of those that give outputs."""
-MULTIPLIED = re.compile("several matrices at once|computes a weight from it|its module has hooks")
+MULTIPLIED = re.compile(
+    "several matrices at once|multiplies with it otherwise|computes a weight from it|its module has hooks"
+)
 """What the report says of parameters that take part in a product which is no linear call on them."""
 
 

@@ -65,17 +65,20 @@ class MaskedCalls(TorchFunctionMode):
         for x in tree_leaves(operands):
             if isinstance(x, Tensor):
                 place = x.untyped_storage().data_ptr()
-                found |= {place} if place in self.parameters else self.origins.get(x, set())
+                found |= {place} if place in self.parameters else self._origins_of(x)
         for x in tree_leaves(out) if found else ():
             if isinstance(x, Tensor):
                 self.origins[x] = found
+
+    def _origins_of(self, x: Tensor) -> set[int]:
+        return self.origins.get(x) or set()
 
     def _weight_of(self, operand: Any) -> str:
         """The name of the weight that a call multiplies with: of a parameter, of a part of one by where it lies, or of
         one of the weight's shape that it is computed from."""
         place = operand.untyped_storage().data_ptr() if isinstance(operand, Tensor) else 0
         if place not in self.parameters:
-            origins = [self.parameters[at] for at in self.origins.get(operand, ())] if place else []
+            origins = [self.parameters[at] for at in self._origins_of(operand)] if place else []
             return next((name for name, p in origins if p.shape == operand.shape), "")
         name, parameter = self.parameters[place]
         if operand.dim() != 2 or parameter.dim() not in (2, 3):
