@@ -1,6 +1,7 @@
 """Products with non-zeros: equal to dense products with the masked weight, whichever implementation runs."""
 
 import itertools
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,12 +13,11 @@ from torch.testing import assert_close
 
 from rwfx import native
 from rwfx.nonzeros import draw_keys, index_of
-from rwfx.ops import sparse_conv as conv
-from rwfx.ops import sparse_linear as linear
-from rwfx.ops.sparse_linear import sparse_linear
+from rwfx.ops import sparse_conv, sparse_linear
 from rwfx.sparse_weight import SparseWeight
 
 ops = torch.ops.rwfx
+linear, conv = (import_module(f"rwfx.ops.{name}") for name in ("sparse_linear", "sparse_conv"))
 native.ready()
 # The operators, which are the kernels on a CPU that has a compiler, and what Python defines for every device.
 LINEAR = {
@@ -141,7 +141,7 @@ def test_gradients_of_input_values_and_bias_pass_gradcheck():
     weight, bias = make_weight(4, 2, 2, 2, nnz=9), torch.randn(4, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     values = weight.values.detach().requires_grad_()
-    assert gradcheck(lambda *of: conv.sparse_conv(*of, weight.index, (2, 2), (2, 1), (1, 0)), (x, values, bias))
+    assert gradcheck(lambda *of: sparse_conv(*of, weight.index, (2, 2), (2, 1), (1, 0)), (x, values, bias))
 
 
 @pytest.mark.parametrize("by", ["nonzeros", "dense"])

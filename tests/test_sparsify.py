@@ -338,3 +338,12 @@ def test_a_conv_in_one_dimension_stays_dense_and_says_why():
     (line,) = (line for line in sparse.report.lines if line.weight == "conv.weight")
     assert "conv1d" in line.dense_because
     sparse(torch.randn(2, 2, 8))
+
+
+def test_the_example_keeps_its_promise():
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "examples/always_sparse.py"], capture_output=True, text=True, check=False, cwd=root
+    )
+    assert run.returncode == 0, run.stderr
+    assert "22,487 non-zeros" in run.stdout
