@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
 from rwfx.passes.normalize import weighted
-from rwfx.passes.parameters import parameter_of
-from rwfx.passes.spellings import untransposed
+from rwfx.readers import Readers
 from rwfx.weight_views import View
 
 # The calls that have an operator on non-zeros: those of ``rwfx.sparse_weight.SparseWeight``.
@@ -37,37 +36,32 @@ def sparse_weights(gm: GraphModule, host_of: Mapping[str, str]) -> GraphModule:
     return GraphModule(gm, graph)
 
 
-def why_not_sparse(gm: GraphModule, parameter: str) -> str | None:
-    """Why a parameter of a normalized graph cannot be stored as its non-zeros; None where it can."""
+def why_not_sparse(gm: GraphModule, parameter: str, readers: Readers) -> str | None:
+    """Why a parameter of a normalized graph, of which ``readers`` are, cannot be stored as its non-zeros; None: it can.
+
+    ``readers``: ``rwfx.readers.readers_of(gm)``.
+    """
     own = gm.get_parameter(parameter)
-    calls = [node for node in gm.graph.nodes if (found := weighted(gm, node)) is not None and found[0] is own]
+    reads = {node: weighted(gm, node) for node in readers.get(own, ())}
+    calls = {node: found[1] for node, found in reads.items() if found is not None and found[0] is own}
+    if not calls:
+        return "no linear call or convolution that the graph shows uses it"
     other = next((node for node in calls if node.target not in TARGETS), None)
     if other is not None:
         return f"{other.target.__name__} ({other.name}) has no operator on non-zeros"
-    views = {found[1] for node in calls if (found := weighted(gm, node)) is not None}
-    if any(view not in (View(), View(transposed=True)) for view in views):
+    if any(view not in (View(), View(transposed=True)) for view in calls.values()):
         return "calls use parts of it"
-    if len(views) > 1:
+    if len(set(calls.values())) > 1:
         return "it is used both as it is and transposed"
-    reads = {node for node in gm.graph.nodes if parameter_of(gm, node) is own}
-    left = _readers(reads) - set(calls)
-    if left:
-        return f"{min(node.name for node in left)} reads it too"
-    return None if calls else "no linear call or convolution that the graph shows uses it"
+    left = [node.name for node in reads if node not in calls]
+    return f"{left[0]} reads it too" if left else None
 
 
-def is_transposed(gm: GraphModule, parameter: str) -> bool:
+def is_transposed(gm: GraphModule, parameter: str, readers: Readers) -> bool:
     """Whether the calls on a parameter of a normalized graph read its transpose."""
     own = gm.get_parameter(parameter)
-    found = [weighted(gm, node) for node in gm.graph.nodes]
+    found = [weighted(gm, node) for node in readers.get(own, ())]
     return any(of is not None and of[0] is own and of[1].transposed for of in found)
-
-
-def _readers(reads: set[Node]) -> set[Node]:
-    """What takes a parameter, or a transpose of it that only calls take."""
-    users = {user for node in reads for user in node.users}
-    views = {user for user in users if untransposed(user) is not None}
-    return (users - views) | {user for node in views for user in node.users}
 
 
 def _name_of(gm: GraphModule, node: Node) -> str | None:

@@ -6,6 +6,7 @@ capture -> normalize -> which weights, how many non-zeros each, where -> sparse_
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from math import prod
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -24,6 +25,7 @@ from rwfx.options import common_seed
 from rwfx.passes.dense_weights import dense_weights
 from rwfx.passes.normalize import normalize, weighted
 from rwfx.passes.sparse_weights import is_transposed, sparse_weights, why_not_sparse
+from rwfx.readers import Readers, readers_of
 from rwfx.roles import ROLES, roles_of
 from rwfx.sparse_cost import faster
 from rwfx.sparse_weight import SparseWeight
@@ -113,11 +115,18 @@ def densify(model: SparsifiedModule) -> TwoGraphs:
     if not isinstance(model, SparsifiedModule):
         raise TypeError(f"model must come from rwfx.sparsify, got {type(model).__name__}.")
     host = copy.deepcopy(model)
+    dense = {weight: _dense_parameter(weight) for weight in host.sparse_weights.values()}
     graphs = [dense_weights(GraphModule(host, graph)).graph for graph in (host.graph, host.eval_graph)]
-    for path, weight in host.sparse_weights.items():
-        full = weight.to_dense().detach()
-        _put(host, path, nn.Parameter((full.t() if weight.transposed else full).contiguous()))
+    for path, module in [*host.named_modules(remove_duplicate=False)]:
+        if isinstance(module, SparseWeight):
+            _put(host, path, dense[module])
     return TwoGraphs.over(host, *graphs)
+
+
+def _dense_parameter(weight: SparseWeight) -> nn.Parameter:
+    full = weight.to_dense().detach()
+    full = full.t() if weight.transposed else full
+    return nn.Parameter(full.contiguous(), requires_grad=weight.values.requires_grad)
 
 
 def _sparsified(
@@ -174,22 +183,29 @@ def _lines(gms: Sequence[GraphModule], captured: Capture, dense: Sequence[Where]
     names = {name: _names_of(host, host.get_parameter(name)) for name in shapes}
     unwanted = asked_for("dense", dense, names, host, _roles(gms[0], captured, dense))
     sizes = shapes_of(gms[0], captured)
+    readers = [readers_of(gm) for gm in gms]
     lines = []
     for name, shape in shapes.items():
         reason = 'asked for with "dense="' if name in unwanted else None
-        reason = reason or next((why for gm in gms if (why := why_not_sparse(gm, name))), None)
-        transposed = not reason and is_transposed(gms[0], name)
+        reason = reason or next(filter(None, map(why_not_sparse, gms, repeat(name), readers)), None)
+        transposed = not reason and is_transposed(gms[0], name, readers[0])
         stored = tuple(reversed(shape)) if transposed else tuple(shape)
         if not reason:
             check_size(stored[0], prod(stored[1:]), name)
-        lines.append(SparsityLine(name, stored, reason or "", transposed=transposed, **_calls_on(gms[0], name, sizes)))
+        lines.append(
+            SparsityLine(
+                name, stored, reason or "", transposed=transposed, **_calls_on(gms[0], name, readers[0], sizes)
+            )
+        )
     return tuple(lines)
 
 
-def _calls_on(gm: GraphModule, parameter: str, sizes: Mapping[str, torch.Size] | None) -> dict[str, Any]:
+def _calls_on(
+    gm: GraphModule, parameter: str, readers: Readers, sizes: Mapping[str, torch.Size] | None
+) -> dict[str, Any]:
     """What a line says of the calls on a parameter."""
     own = gm.get_parameter(parameter)
-    calls = [node for node in gm.graph.nodes if (found := weighted(gm, node)) is not None and found[0] is own]
+    calls = [n for n in readers.get(own, ()) if (found := weighted(gm, n)) is not None and found[0] is own]
     places = [
         # Tokens are places of an example, where it is known that there are any.
         sizes[call.name][1:-1].numel() if call.target is F.linear and sizes is not None else places_of(call, sizes)
@@ -270,11 +286,15 @@ def _names_of(host: nn.Module, parameter: nn.Parameter) -> tuple[str, ...]:
 
 
 def _put(host: nn.Module, path: str, part: nn.Module | nn.Parameter) -> None:
-    """Put a module in the place of a parameter, or a parameter in that of a module."""
+    """Put a module in the place of a parameter, or a parameter, before the others as weights are, in that of a module."""
     owner_path, _, name = path.rpartition(".")
     owner = host.get_submodule(owner_path)
-    (owner._parameters if isinstance(part, nn.Module) else owner._modules).pop(name)
-    (owner._modules if isinstance(part, nn.Module) else owner._parameters)[name] = part  # type: ignore[index]
+    if isinstance(part, nn.Module):
+        owner._parameters.pop(name)
+        owner._modules[name] = part
+    else:
+        owner._modules.pop(name)
+        owner._parameters = {name: part} | owner._parameters
 
 
 def _check_new(model: Any) -> None:
