@@ -286,7 +286,7 @@ def _names_of(host: nn.Module, parameter: nn.Parameter) -> tuple[str, ...]:
 
 
 def _put(host: nn.Module, path: str, part: nn.Module | nn.Parameter) -> None:
-    """Put a module in the place of a parameter, or a parameter, before the others as weights are, in that of a module."""
+    """Put a module in the place of a parameter; or a parameter, before the others, in that of a module."""
     owner_path, _, name = path.rpartition(".")
     owner = host.get_submodule(owner_path)
     if isinstance(part, nn.Module):
