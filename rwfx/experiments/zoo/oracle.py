@@ -21,6 +21,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 from rwfx.weight_views import View
 
 
+class _MaskedGradient(torch.autograd.Function):
+    """A copy, whose gradient is masked. A hook would be lost where the output is then changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g * ctx.saved_tensors[0], None
+
+
 class MaskedCalls(TorchFunctionMode):
     """Masks the calls on the weights of ``rows``, parameters or parts of them; ``met`` collects their names.
 
@@ -54,8 +67,7 @@ class MaskedCalls(TorchFunctionMode):
                 self.met.add(weight)
                 if out.requires_grad:  # not before a weight that is frozen
                     mask = torch.isin(torch.arange(out.shape[dim]), self.rows[weight])
-                    mask = mask.view(-1, *[1] * (-1 - dim)).to(out)
-                    out.register_hook(lambda g: g * mask)
+                    out = _MaskedGradient.apply(out, mask.view(-1, *[1] * (-1 - dim)).to(out))
         return out
 
     def _note_origins(self, *given: Any) -> None:
