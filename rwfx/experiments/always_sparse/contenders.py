@@ -1,7 +1,7 @@
 """Contenders: the ways to train that are compared.
 
 *gse, rigl, set, snfs, topkast, static*  the non-zeros alone, moved by ``rwfx.Topology`` (static: not moved).
-*gradual*      dense at first, pruned to the density as it is trained.
+*gradual*      dense at first, pruned to the density as it is trained; its products stay dense, as at first.
 *dense*        the network itself.
 *small-dense*  the network with all widths made smaller by one factor, until it has as many parameters as the sparse
                ones.
