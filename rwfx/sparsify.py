@@ -113,6 +113,7 @@ def densify(model: SparsifiedModule) -> TwoGraphs:
     if not isinstance(model, SparsifiedModule):
         raise TypeError(f"model must come from rwfx.sparsify, got {type(model).__name__}.")
     host = copy.deepcopy(model)
+    assert host.eval_graph is not None
     graphs = [dense_weights(GraphModule(host, graph)).graph for graph in (host.graph, host.eval_graph)]
     for path, weight in host.sparse_weights.items():
         full = weight.to_dense().detach()
