@@ -115,6 +115,7 @@ def densify(model: SparsifiedModule) -> TwoGraphs:
     if not isinstance(model, SparsifiedModule):
         raise TypeError(f"model must come from rwfx.sparsify, got {type(model).__name__}.")
     host = copy.deepcopy(model)
+    assert host.eval_graph is not None
     dense = {weight: _dense_parameter(weight) for weight in host.sparse_weights.values()}
     graphs = [dense_weights(GraphModule(host, graph)).graph for graph in (host.graph, host.eval_graph)]
     for path, module in [*host.named_modules(remove_duplicate=False)]:
