@@ -19,8 +19,8 @@ STEPS, BATCH = 600, 128
 
 def main() -> None:
     """Train with fixed and with moving connections; the non-zeros stay as many."""
-    digits = load_digits()
-    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
     held_out = slice(1500, None)
     accuracies = {}
     for method in ("static", "gse"):
