@@ -26,7 +26,11 @@
 
 namespace rwfx {
 
-constexpr int64_t BLOCK = 8;  // vectors: accumulators that a processor has registers for
+// Vectors that one non-zero serves: as many as there are registers to add up in, or of a linear layer more. Its input is
+// larger than the nearest caches, and to come by it less often is worth a few sums that are kept in memory.
+constexpr int BLOCK = 8, WIDE_BLOCK = 16;
+// How many non-zeros before its turn a wide block of g is fetched.
+constexpr int32_t AHEAD = 5;
 
 // Where a product reads and writes. Offsets and strides count numbers.
 struct Plan {
@@ -64,24 +68,22 @@ int64_t group_offset(const Plan& plan) {
   return plan.channels / plan.groups * plan.in_places * LANES<T>;
 }
 
-// Calls f(first, number) for blocks of places: of BLOCK, and of 4, 2, 1 at the end.
+// Calls f(first, number) for the blocks that all places are divided into: the widest first, of 4, 2, 1 at the end.
 template <class F>
-void for_blocks(int64_t places, F f) {
+void for_blocks(const Plan& plan, F f) {
   int64_t p = 0;
-  for (; p + BLOCK <= places; p += BLOCK) {
-    f(p, std::integral_constant<int, BLOCK>());
+  const auto take = [&](auto number) {
+    for (; p + number <= plan.out_places; p += number) {
+      f(p, number);
+    }
+  };
+  if (plan.each_once) {
+    take(std::integral_constant<int, WIDE_BLOCK>());
   }
-  if (places - p >= 4) {
-    f(p, std::integral_constant<int, 4>());
-    p += 4;
-  }
-  if (places - p >= 2) {
-    f(p, std::integral_constant<int, 2>());
-    p += 2;
-  }
-  if (places - p >= 1) {
-    f(p, std::integral_constant<int, 1>());
-  }
+  take(std::integral_constant<int, BLOCK>());
+  take(std::integral_constant<int, 4>());
+  take(std::integral_constant<int, 2>());
+  take(std::integral_constant<int, 1>());
 }
 
 // Whether the places of a block lie one after the other in the input.
@@ -148,6 +150,7 @@ void backward_block(
   const Block<const T, NUMBER, CONTIGUOUS> x_block(plan, x, first);
   const Block<T, NUMBER, CONTIGUOUS> dx_block(plan, dx, DX ? first : 0);
   const int64_t g_row = plan.out_places * L, per_group = plan.rows_of_group();
+  const int32_t nnz = at.ccol[plan.columns()];
   g += first * L;
   for (int64_t j = begin; j < end; ++j) {
     int32_t n = at.ccol[j];
@@ -169,6 +172,12 @@ void backward_block(
       for (; n < last && at.row[n] < bound; ++n) {
         const T value = DX ? values[n] : T(0);
         const T* from = g + at.row[n] * g_row;
+        if (NUMBER == WIDE_BLOCK && n + AHEAD < nnz) {
+          const char* next = reinterpret_cast<const char*>(g + at.row[n + AHEAD] * g_row);
+          for (int64_t line = 0; line < NUMBER * VECTOR_BYTES; line += 64) {
+            __builtin_prefetch(next + line);
+          }
+        }
         Vector<T> sum[2] = {Vector<T>{}, Vector<T>{}};
         for (int i = 0; i < NUMBER; ++i) {
           const Vector<T> of_g = load(from + i * L);
@@ -249,7 +258,7 @@ void for_channels(int64_t channels, int64_t places, F f) {
 template <class T>
 [[gnu::noinline]] void forward_tile(
     const Plan& plan, const Places& at, const T* values, const T* bias, const T* x, T* y, int64_t begin, int64_t end) {
-  for_blocks(plan.out_places, [&](int64_t first, auto number) {
+  for_blocks(plan, [&](int64_t first, auto number) {
     constexpr int NUMBER = decltype(number)::value;
     const auto block = is_contiguous<T, NUMBER>(plan, first) ? forward_block<T, NUMBER, true>
                                                              : forward_block<T, NUMBER, false>;
@@ -292,7 +301,7 @@ template <class T, bool DX, bool DV>
   // A channel's columns one after the other, so that its input and its gradient stay near.
   const int64_t step = std::max<int64_t>(1, plan.kernel > 1 ? plan.kernel : end - begin);
   for (int64_t j = begin; j < end; j += step) {
-    for_blocks(plan.out_places, [&](int64_t first, auto number) {
+    for_blocks(plan, [&](int64_t first, auto number) {
       constexpr int NUMBER = decltype(number)::value;
       const auto block = is_contiguous<T, NUMBER>(plan, first) ? backward_block<T, NUMBER, true, DX, DV>
                                                                : backward_block<T, NUMBER, false, DX, DV>;
