@@ -8,7 +8,7 @@ Axes: N non-zeros, O rows, I columns (of a convolution, input channel and kernel
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from rwfx.ops.sparse_conv import sparse_conv
 from rwfx.ops.sparse_linear import By, dense_weight, sparse_linear
 from rwfx.ops.weighted_call import flat_options
 from rwfx.probe import Probe
+from rwfx.sparse_cost import faster
 
 
 class SparseWeight(nn.Module):
@@ -26,16 +27,17 @@ class SparseWeight(nn.Module):
     Attributes:
         values: the numbers, a parameter, ``(N,)``, column by column. Their gradient is dense, so any optimizer of
             ``torch.optim`` trains them.
-        ccol_indices, row_indices: buffers, int32, where they are; see ``rwfx.nonzeros``. With ``values`` they are the
-            module's ``state_dict``.
+        ccol_indices, row_indices: buffers, int32, where they are; see ``rwfx.nonzeros``. With ``values`` and
+            ``dense_shape``, the shape as a tensor, they are the module's ``state_dict``.
         crow_indices, col_indices, order: the same by rows, made anew from them wherever they change.
         shape: of the dense weight.
         transposed: whether the dense weight's parameter is stored as its transpose, as in ``x @ w``.
-        by: how products are computed; ``rwfx.ops.sparse_linear``.
+        by: how products are computed, ``"nonzeros"`` or ``"dense"``; see ``rwfx.ops.sparse_linear``.
         probe: what looks for candidates in the backward pass, if a ``rwfx.Topology`` has put it there.
 
     Args:
         keys: ``(N,)`` int64, sorted and distinct, ``column * O + row``.    values: ``(N,)``.
+        by: ``"auto"`` takes what is faster (``rwfx.sparse_cost``), also when there are more or fewer non-zeros later.
 
     Raises:
         ValueError: keys and values do not fit each other or the shape.
@@ -49,18 +51,25 @@ class SparseWeight(nn.Module):
     order: Tensor
 
     def __init__(
-        self, shape: Sequence[int], keys: Tensor, values: Tensor, transposed: bool = False, by: By = "nonzeros"
+        self,
+        shape: Sequence[int],
+        keys: Tensor,
+        values: Tensor,
+        transposed: bool = False,
+        by: By | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
         check_size(self.rows, self.columns, "sparse")
         self._check(keys, values)
         self.transposed = transposed
-        self.by: By = by
+        self._asked_by = by
         self.probe: Probe | None = None
         self.values = nn.Parameter(values.detach().clone())
+        self.register_buffer("dense_shape", torch.tensor(self.shape))
         for name, part in zip(Index._fields, index_of(keys, self.rows, self.columns), strict=True):
             self.register_buffer(name, part, persistent=name in ("ccol_indices", "row_indices"))
+        self._choose()
 
     def forward(self, x: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:
         """The call with the dense weight: ``F.linear(x, W, bias)`` or ``F.conv2d(x, W, bias, *options)``."""
@@ -124,10 +133,20 @@ class SparseWeight(nn.Module):
             self.values.data = given
             for name, part in zip(Index._fields, index, strict=True):
                 setattr(self, name, part.to(self.values.device))
+            self._choose()
 
     def to_dense(self) -> Tensor:
         """The dense weight, of ``shape``; gradients flow to ``values``."""
         return dense_weight(self.values, self.ccol_indices, self.row_indices, self.rows).reshape(self.shape)
+
+    def _choose(self) -> None:
+        given = self._asked_by
+        self.by: By = faster(self.shape, self.nnz, self.values.device) if given == "auto" else given
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SparseWeight":
+        super()._apply(fn, recurse)
+        self._choose()  # on another device another way may be faster
+        return self
 
     def extra_repr(self) -> str:
         """Its shape and how much of it is stored."""
@@ -145,19 +164,20 @@ class SparseWeight(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Take over numbers and places, as many as there are; the index by rows is made anew."""
-        names = "values", "ccol_indices", "row_indices"
-        given = [state_dict.get(prefix + name) for name in names]
-        if any(part is None for part in given):
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        names = "values", "ccol_indices", "row_indices", "dense_shape"
+        given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        name = prefix.removesuffix(".")
+        if len(given) < len(names):
+            if given:
+                lacking = ", ".join(sorted(set(names) - given.keys()))
+                errors.append(f"sparse weight {name!r} is loaded whole or not at all; what is loaded has no {lacking}.")
+            missing.extend(prefix + name for name in names if name not in given)
             return
         unexpected.extend(key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in names)
-        values, ccol_indices, row_indices = given
-        name = prefix.removesuffix(".")
-        if len(ccol_indices) != self.columns + 1:
-            errors.append(
-                f"sparse weight {name!r} has {self.columns} columns ({tuple(self.shape)}), and what is loaded has "
-                f"{len(ccol_indices) - 1}."
-            )
+        values, ccol_indices, row_indices, shape = given.values()
+        loaded = tuple(shape.tolist())
+        if loaded != tuple(self.shape):
+            errors.append(f"sparse weight {name!r} has the shape {tuple(self.shape)}, and what is loaded has {loaded}.")
             return
         try:
             if not _is_index(ccol_indices, row_indices, self.rows):

@@ -27,7 +27,6 @@ from rwfx.passes.normalize import normalize, weighted
 from rwfx.passes.sparse_weights import is_transposed, sparse_weights, why_not_sparse
 from rwfx.readers import Readers, readers_of
 from rwfx.roles import ROLES, roles_of
-from rwfx.sparse_cost import faster
 from rwfx.sparse_weight import SparseWeight
 from rwfx.sparsified import SparsifiedModule
 from rwfx.sparsity import Init, count_nonzeros
@@ -118,9 +117,10 @@ def densify(model: SparsifiedModule) -> TwoGraphs:
     assert host.eval_graph is not None
     dense = {weight: _dense_parameter(weight) for weight in host.sparse_weights.values()}
     graphs = [dense_weights(GraphModule(host, graph)).graph for graph in (host.graph, host.eval_graph)]
-    for path, module in [*host.named_modules(remove_duplicate=False)]:
-        if isinstance(module, SparseWeight):
-            _put(host, path, dense[module])
+    for owner_path, owner in [*host.named_modules()]:
+        for name, module in [*owner._modules.items()]:
+            if isinstance(module, SparseWeight):
+                _put(host, f"{owner_path}.{name}" if owner_path else name, dense[module])
     return TwoGraphs.over(host, *graphs)
 
 
@@ -158,8 +158,8 @@ def _sparsified(
         native.ready()
     for name, line in chosen.items():
         weight = _sparse_weight(parameters[name], line, counts[name], values, by, generator)
-        for alias in _names_of(captured.host, parameters[name]):
-            _put(host, alias, weight)
+        for place in _places_of(captured.host, parameters[name]):
+            _put(host, place, weight)
         if values == "drawn":
             _draw_bias(host, name, weight, generator)
     _materialize(host)
@@ -237,9 +237,8 @@ def _sparse_weight(
     else:
         keys = draw_keys(rows, columns, count, generator)
         numbers = (torch.rand(count, generator=generator) * 2 - 1) * _bounds(keys, rows)[keys % rows]
-    weight = SparseWeight(line.shape, keys.cpu(), numbers.cpu().to(parameter.dtype), line.transposed)
+    weight = SparseWeight(line.shape, keys.cpu(), numbers.cpu().to(parameter.dtype), line.transposed, by)
     device = "cpu" if parameter.is_meta else parameter.device
-    weight.by = faster(line.shape, count, torch.device(device)) if by == "auto" else by  # type: ignore[assignment]
     weight.values.requires_grad_(parameter.requires_grad)
     return weight.to(device)
 
@@ -253,12 +252,15 @@ def _bounds(keys: Tensor, rows: int) -> Tensor:
 def _draw_bias(host: nn.Module, name: str, weight: SparseWeight, generator: Generator) -> None:
     """The bias that lies beside the weight, within the bounds of its rows."""
     owner = host.get_submodule(name.rpartition(".")[0])
-    bias = owner._parameters.get("bias")
+    bias: Any = owner._parameters.get("bias")
     if bias is None or bias.shape != (weight.rows,) or not name.endswith("weight"):
         return
     bounds = _bounds(weight.keys().cpu(), weight.rows)
     drawn = (torch.rand(weight.rows, generator=generator) * 2 - 1) * bounds
-    owner._parameters["bias"] = nn.Parameter(drawn.to(weight.values), requires_grad=bias.requires_grad)
+    drawn_bias = nn.Parameter(drawn.to(weight.values), requires_grad=bias.requires_grad)
+    for alias in _names_of(host, bias):  # which may be tied
+        path, _, last = alias.rpartition(".")
+        host.get_submodule(path)._parameters[last] = drawn_bias
 
 
 def _copied_without(host: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module:
@@ -267,7 +269,8 @@ def _copied_without(host: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.M
 
 
 def _materialize(host: nn.Module) -> None:
-    """Give what is left on the meta device numbers, as its module draws them."""
+    """Give what is left on the meta device numbers, as its module draws them; what is tied stays so."""
+    names = {name: _names_of(host, p) for name, p in host.named_parameters() if p.is_meta}
     for path, module in host.named_modules():
         own = [*module._parameters.items(), *module._buffers.items()]
         empty = [name for name, tensor in own if tensor is not None and tensor.is_meta]
@@ -280,10 +283,24 @@ def _materialize(host: nn.Module) -> None:
             )
         module.to_empty(device="cpu", recurse=False)
         reset()
+    for name, aliases in names.items():
+        for alias in aliases:
+            path, _, last = alias.rpartition(".")
+            host.get_submodule(path)._parameters[last] = host.get_parameter(name)
 
 
 def _names_of(host: nn.Module, parameter: nn.Parameter) -> tuple[str, ...]:
     return tuple(name for name, p in host.named_parameters(remove_duplicate=False) if p is parameter)
+
+
+def _places_of(host: nn.Module, parameter: nn.Parameter) -> tuple[str, ...]:
+    """One name for each module that holds it: a module may have several."""
+    return tuple(
+        f"{path}.{name}" if path else name
+        for path, module in host.named_modules()
+        for name, p in module._parameters.items()
+        if p is parameter
+    )
 
 
 def _put(host: nn.Module, path: str, part: nn.Module | nn.Parameter) -> None:

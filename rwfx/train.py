@@ -133,6 +133,7 @@ class RandomWalkTrainer:
         elif mode == "always_sparse":
             self.network = sparsify(self.model, seed=seed, **transform_options)
             parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+            self.device = parameters[0].device  # a model on the meta device has been given numbers
         if isinstance(optimizer, str):
             self.optimizer = getattr(namesakes, OPTIMIZERS[optimizer])(parameters, lr=lr, fused=True)
         else:

@@ -131,7 +131,8 @@ def test_the_bytes_are_those_of_the_tensors_there_are():
     steps = 4 * 3  # Adam's counter of each tensor
     assert (memory.sparse.values, memory.sparse.gradients) == (4 * trained, 4 * trained)
     assert memory.sparse.optimizer_state == 2 * 4 * trained + steps
-    assert memory.sparse.index == 4 * (3 * 120 + (20 + 1) + (40 + 1) + (40 + 1) + (10 + 1))
+    shapes = 8 * 2 * 2
+    assert memory.sparse.index == 4 * (3 * 120 + (20 + 1) + (40 + 1) + (40 + 1) + (10 + 1)) + shapes
     assert (memory.dense.values, memory.dense.gradients, memory.dense.index) == (4 * 1210, 4 * 1210, 0)
     assert memory.dense.optimizer_state == 2 * 4 * 1210 + steps
     held = [*model.parameters(), *(p.grad for p in model.parameters())]

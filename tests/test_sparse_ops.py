@@ -179,13 +179,49 @@ def test_under_autocast_the_error_is_no_larger_than_the_dense_calls(kind, dtype,
 
 def test_what_does_not_fit_is_an_error_that_says_so():
     weight = make_weight(7, 5, nnz=12)
-    with pytest.raises(ValueError, match="x has 6 features and the sparse weight has 5 columns"):
+    with pytest.raises(ValueError, match=r"x has 6 features and the sparse weight has 5 columns"):
         weight(torch.randn(2, 6, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"values has the shape .* for 12 places"):
         sparse_linear(torch.randn(2, 5).double(), torch.randn(11).double(), None, weight.index)
     weight = make_weight(6, 4, 3, 3, nnz=12)
     with pytest.raises(ValueError, match="x has 18 features and the sparse weight has 36 columns"):
         weight(torch.randn(2, 2, 5, 5, dtype=torch.float64))
+
+
+REFUSED = {
+    "padding below zero": ((4, 4, 3, 3), (2, 4, 9, 9), {"padding": (-1, -1)}, "padding not below"),
+    "a kernel beyond the input": ((4, 4, 3, 3), (2, 4, 2, 2), {"stride": (2, 2)}, "reaches over 3 places .* has 2"),
+    "no stride": ((4, 4, 3, 3), (2, 4, 9, 9), {"stride": (0, 0)}, "stride and dilation must be above 0"),
+    "groups": ((4, 2, 3, 3), (2, 5, 9, 9), {"groups": 2}, "5 channels and 4 rows cannot be dealt to groups=2"),
+    "channels": ((4, 4, 3, 3), (2, 5, 9, 9), {}, "x has 45 features and the sparse weight has 36 columns"),
+    "bias": ((4, 4, 3, 3), (2, 4, 9, 9), {"bias": torch.ones(3)}, r"bias has the shape \[3\] .* has 4 rows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_convolutions_that_pytorch_refuses_are_refused(case, device):
+    shape, size, options, message = REFUSED[case]
+    weight = make_weight(*shape, nnz=20, dtype=torch.float32)
+    given = {"bias": None, **options}
+    if device == "meta" and case in ("channels", "bias"):
+        pytest.skip("what depends on the index is looked at where it is")
+    index = type(weight.index)(*(part.to(device) for part in weight.index))
+    with pytest.raises(ValueError, match=message):
+        sparse_conv(torch.ones(size, device=device), weight.values.to(device), index=index, kernel=shape[2:], **given)
+
+
+def test_a_bias_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"bias has the shape \[2\] and the sparse weight has 8 rows"):
+        sparse_linear(torch.ones(1, 1), torch.ones(8), torch.ones(2), index_of(torch.arange(8), 8, 1))
+
+
+def test_a_second_derivative_is_an_error():
+    weight = make_weight(7, 5, nnz=12)
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(weight(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative: leave create_graph=True out"):
+        dx.square().sum().backward()
 
 
 def test_an_index_holds_the_same_places_by_columns_and_by_rows():

@@ -2,12 +2,15 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.testing import assert_close
 
+import rwfx
 from rwfx.nonzeros import draw_keys
 from rwfx.ops.candidates import draw_places, random_signs
 from rwfx.ops.probe import EXPLORE, RULES
@@ -229,3 +232,45 @@ def test_a_weight_as_large_as_no_dense_gradient_could_be_is_probed(rule):
     found, grads = weight.probe.candidates()
     assert len(found) > 30_000
     assert bool(grads.isfinite().all())
+
+
+@pytest.mark.parametrize("method", ["gse", "rigl", "snfs"])
+def test_a_pass_that_overflows_is_not_looked_at(method):
+    model = rwfx.sparsify(nn.Sequential(nn.Linear(8, 8)), 0.3, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    topology = rwfx.Topology(model, optimizer, method, interval=1, end=9)
+    (weight,) = model.sparse_weights.values()
+    before = weight.keys()
+    (model(torch.ones(2, 8)).sum() * torch.inf).backward()  # as under a GradScaler, which leaves out this step
+    topology.step()
+    assert weight.probe.grads.isfinite().all()
+    assert topology.updates == 1
+    if method != "snfs":  # which has a mean of other steps, here 0
+        assert torch.equal(weight.keys(), before)
+
+
+def test_topkast_has_no_gradient_of_a_pass_whose_gradients_were_cleared():
+    def gradient(thrown_away: bool) -> torch.Tensor:
+        model = rwfx.sparsify(nn.Sequential(nn.Linear(8, 8)), 0.3, seed=0)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        rwfx.Topology(model, optimizer, "topkast", interval=100, end=200, seed=0)
+        x = torch.arange(16.0).view(2, 8)
+        if thrown_away:
+            model(3 * x).square().sum().backward()
+            optimizer.zero_grad()
+        model(x).square().sum().backward()
+        return optimizer.param_groups[1]["params"][0].grad
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_a_probe_that_is_not_due_keeps_no_input_alive():
+    model = rwfx.sparsify(nn.Sequential(nn.Linear(8, 8)), 0.3)
+    rwfx.Topology(model, torch.optim.SGD(model.parameters(), 0.1), interval=100, end=200)
+    x = torch.ones(2, 8)
+    seen = weakref.ref(hidden := x * 2)
+    loss = model(hidden).sum()
+    loss.backward()
+    del hidden
+    assert seen() is None
+    assert loss.requires_grad

@@ -16,6 +16,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -35,12 +36,17 @@ Places places_of(const Tensor& ccol, const Tensor& row, const Tensor& crow, cons
   return {data(ccol), data(row), data(crow), data(col), data(order)};
 }
 
-void check_operands(int64_t features, int64_t columns, const Tensor& values, const Tensor& row) {
+void check_operands(
+    int64_t features, int64_t columns, int64_t rows, const Tensor& values, const Tensor& row,
+    const optional<Tensor>& bias) {
   TORCH_CHECK_VALUE(
       features == columns, "x has ", features, " features and the sparse weight has ", columns, " columns.");
   TORCH_CHECK_VALUE(
       values.dim() == 1 && values.numel() == row.numel(),
       "values has the shape ", values.sizes(), " for ", row.numel(), " places of the index.");
+  TORCH_CHECK_VALUE(
+      !bias || (bias->dim() == 1 && bias->numel() == rows),
+      "bias has the shape ", bias->sizes(), " and the sparse weight has ", rows, " rows.");
 }
 
 // The type to compute in; other numbers are converted before and after.
@@ -70,6 +76,25 @@ struct Options {
   IntArrayRef kernel, stride, padding, dilation;
   int64_t groups;
 };
+
+void check_conv(const Tensor& x, int64_t rows, const Options& o) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must be (B, C, H, W), got the shape ", x.sizes(), ".");
+  TORCH_CHECK_VALUE(
+      o.groups > 0 && x.size(1) % o.groups == 0 && rows % o.groups == 0,
+      x.size(1), " channels and ", rows, " rows cannot be dealt to groups=", o.groups, ".");
+  for (const IntArrayRef sizes : {o.kernel, o.stride, o.padding, o.dilation}) {
+    TORCH_CHECK_VALUE(sizes.size() == 2, "kernel, stride, padding and dilation must be two numbers each.");
+  }
+  for (int dim = 0; dim < 2; ++dim) {
+    TORCH_CHECK_VALUE(
+        o.kernel[dim] > 0 && o.stride[dim] > 0 && o.dilation[dim] > 0 && o.padding[dim] >= 0,
+        "kernel, stride and dilation must be above 0 and padding not below, got ",
+        o.kernel, ", ", o.stride, ", ", o.dilation, " and ", o.padding, ".");
+    const int64_t size = x.size(2 + dim) + 2 * o.padding[dim], reach = o.dilation[dim] * (o.kernel[dim] - 1) + 1;
+    TORCH_CHECK_VALUE(
+        size >= reach, "the kernel reaches over ", reach, " places and the padded input has ", size, ".");
+  }
+}
 
 int64_t out_size(int64_t size, const Options& o, int dim) {
   return (size + 2 * o.padding[dim] - o.dilation[dim] * (o.kernel[dim] - 1) - 1) / o.stride[dim] + 1;
@@ -181,7 +206,7 @@ Tensor sparse_linear(
     const Tensor& x, const Tensor& values, const optional<Tensor>& bias, const Tensor& ccol, const Tensor& row,
     const Tensor& crow, const Tensor& col, const Tensor& order, std::string_view by) {
   const int64_t rows = crow.numel() - 1, columns = ccol.numel() - 1;
-  check_operands(x.size(-1), columns, values, row);
+  check_operands(x.size(-1), columns, rows, values, row, bias);
   if (by == "dense") {
     const Tensor full = dense_weight(values, ccol, row, rows, x.scalar_type());
     return at::linear(x, full, as_type(bias, x.scalar_type())).contiguous();
@@ -203,8 +228,11 @@ std::tuple<Tensor, Tensor> sparse_linear_backward(
     const Tensor& g, const Tensor& x, const Tensor& values, const Tensor& ccol, const Tensor& row, const Tensor& crow,
     bool needs_dx, bool needs_dv, std::string_view by) {
   const int64_t rows = crow.numel() - 1, columns = ccol.numel() - 1;
+  check_operands(x.size(-1), columns, rows, values, row, {});
   const auto type = by == "dense" ? x.scalar_type() : type_for(x);
   const Tensor x_BI = x.reshape({-1, columns}).to(type), g_BO = g.reshape({-1, rows}).to(type);
+  TORCH_CHECK_VALUE(
+      g_BO.size(0) == x_BI.size(0), "g has the shape ", g.sizes(), " and x the shape ", x.sizes(), ".");
   Tensor dx = at::empty({needs_dx ? x_BI.size(0) : 0, columns}, x_BI.options());
   Tensor dv = at::empty({0}, values.options());
   if (by == "dense") {
@@ -232,7 +260,8 @@ Tensor sparse_conv(
     IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view by) {
   const int64_t rows = crow.numel() - 1, columns = ccol.numel() - 1;
   const Options options{kernel, stride, padding, dilation, groups};
-  check_operands(x.size(1) / groups * kernel[0] * kernel[1], columns, values, row);
+  check_conv(x, rows, options);
+  check_operands(x.size(1) / groups * kernel[0] * kernel[1], columns, rows, values, row, bias);
   if (by == "dense") {
     const Tensor full = dense_weight(values, ccol, row, rows, x.scalar_type())
                             .reshape({rows, x.size(1) / groups, kernel[0], kernel[1]});
@@ -255,6 +284,12 @@ std::tuple<Tensor, Tensor> sparse_conv_backward(
     IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, bool needs_dx,
     bool needs_dv, std::string_view by) {
   const int64_t rows = crow.numel() - 1;
+  const Options options{kernel, stride, padding, dilation, groups};
+  check_conv(x, rows, options);
+  check_operands(x.size(1) / groups * kernel[0] * kernel[1], ccol.numel() - 1, rows, values, row, {});
+  const std::array<int64_t, 4> sizes{
+      x.size(0), rows, out_size(x.size(2), options, 0), out_size(x.size(3), options, 1)};
+  TORCH_CHECK_VALUE(g.sizes() == IntArrayRef(sizes), "g has the shape ", g.sizes(), " and y has ", IntArrayRef(sizes));
   Tensor dx = at::empty({0}, g.options()), dv = at::empty({0}, values.options());
   if (by == "dense") {
     const Tensor full = dense_weight(values, ccol, row, rows, x.scalar_type())
@@ -269,7 +304,7 @@ std::tuple<Tensor, Tensor> sparse_conv_backward(
     AT_DISPATCH_FLOATING_TYPES(type_for(x), "rwfx::sparse_conv_backward", [&] {
       using T = scalar_t;
       dv = multiply_back<T>(
-          conv_plan<T>(in, rows, {kernel, stride, padding, dilation, groups}), places_of(ccol, row, crow, {}, {}),
+          conv_plan<T>(in, rows, options), places_of(ccol, row, crow, {}, {}),
           values, images<T>(in, padding[0], padding[1]), images<T>(grad), images<T>(to, padding[0], padding[1]),
           needs_dx, needs_dv);
     });

@@ -13,7 +13,8 @@ So the operators of the call itself know nothing of it, and a training loop is w
 it runs, and for ``momentum``.
 
 Of several backward passes before an update (accumulated gradients, a weight that is called twice) the first chooses
-candidates, and their gradients are summed over all.
+candidates, and their gradients are summed over all, also of a pass whose gradients of parameters were thrown away. A
+pass with a gradient that is not finite is not looked at.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,8 @@ def probe(
 
 
 def _gather(g, x, values, ccol_indices, row_indices, crow_indices, options, by, rule, state, keys, grads):
-    if state[0] == NOT_DUE:
+    # A step whose gradients overflow is one that a GradScaler leaves out.
+    if state[0] == NOT_DUE or not g.isfinite().all():
         return
     if options and x.dim() == 3:
         g, x = g.unsqueeze(0), x.unsqueeze(0)
@@ -143,14 +145,17 @@ RULES: Mapping[str, Callable[[WeightedCall, Tensor, Tensor], tuple[Tensor, Tenso
 class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, *probed):
+        *call, ctx.options, ctx.by, ctx.rule, state, keys, grads = probed
+        ctx.save_for_backward(*call)
         # Not saved: autograd would refuse a buffer that another call's backward pass has written since.
-        ctx.probed = probed
+        ctx.buffers = state, keys, grads
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, *gs):
-        torch.ops.rwfx.probe_.default(*gs, *ctx.probed)
-        return *gs, *[None] * len(ctx.probed)
+        call = *ctx.saved_tensors, ctx.options, ctx.by, ctx.rule
+        torch.ops.rwfx.probe_.default(*gs, *call, *ctx.buffers)
+        return *gs, *[None] * (len(call) + len(ctx.buffers))
 
 
 _library.impl("probe", _Probe.apply, "Autograd")

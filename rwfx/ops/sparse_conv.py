@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rwfx.nonzeros import Index, keys_of
-from rwfx.ops.sparse_linear import AUTOCAST, By, check_operands, dense_weight, in_autocast
+from rwfx.ops.sparse_linear import AUTOCAST, By, check_operands, dense_weight, in_autocast, no_second_derivative
 
 _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define(
@@ -68,8 +68,10 @@ def _forward(
     x, values, bias, ccol_indices, row_indices, crow_indices, col_indices, order,
     kernel, stride, padding, dilation, groups, by="nonzeros",
 ):  # fmt: skip
-    check_operands(x.shape[1] // groups * prod(kernel), len(ccol_indices) - 1, values, row_indices)
-    W = _dense(values.to(x.dtype), ccol_indices, row_indices, len(crow_indices) - 1, kernel)
+    rows = len(crow_indices) - 1
+    check_conv(x, rows, kernel, stride, padding, dilation, groups)
+    check_operands(x.shape[1] // groups * prod(kernel), len(ccol_indices) - 1, rows, values, row_indices, bias)
+    W = _dense(values.to(x.dtype), ccol_indices, row_indices, rows, kernel)
     bias = None if bias is None else bias.to(x.dtype)
     return torch.ops.aten.convolution(x, W, bias, stride, padding, dilation, False, [0, 0], groups).contiguous()
 
@@ -90,6 +92,36 @@ def _backward(
     return dx, dv.to(values.dtype)
 
 
+def check_conv(
+    x: Tensor,
+    rows: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Refuse what ``F.conv2d`` does.
+
+    Raises:
+        ValueError: says what does not fit.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x must be (B, C, H, W), got the shape {list(x.shape)}.")
+    if groups < 1 or x.shape[1] % groups or rows % groups:
+        raise ValueError(f"{x.shape[1]} channels and {rows} rows cannot be dealt to groups={groups}.")
+    if not all(len(sizes) == 2 for sizes in (kernel, stride, padding, dilation)):
+        raise ValueError("kernel, stride, padding and dilation must be two numbers each.")
+    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            "kernel, stride and dilation must be above 0 and padding not below, got "
+            f"{list(kernel)}, {list(stride)}, {list(dilation)} and {list(padding)}."
+        )
+    for n, k, p, d in zip(x.shape[2:], kernel, padding, dilation, strict=True):
+        if n + 2 * p < (reach := d * (k - 1) + 1):
+            raise ValueError(f"the kernel reaches over {reach} places and the padded input has {n + 2 * p}.")
+
+
 def _dense(values: Tensor, ccol_indices: Tensor, row_indices: Tensor, rows: int, kernel: Sequence[int]) -> Tensor:
     return dense_weight(values, ccol_indices, row_indices, rows).reshape(rows, -1, *kernel)
 
@@ -102,6 +134,7 @@ def _forward_fake(
     x, values, bias, ccol_indices, row_indices, crow_indices, col_indices, order,
     kernel, stride, padding, dilation, groups, by="nonzeros",
 ):  # fmt: skip
+    check_conv(x, crow_indices.shape[0] - 1, kernel, stride, padding, dilation, groups)
     sizes = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
     out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
     return x.new_empty((x.shape[0], crow_indices.shape[0] - 1, *out))
@@ -137,5 +170,6 @@ def _gradients(ctx, g):
 torch.library.register_fake("rwfx::sparse_conv", _forward_fake, lib=_library)
 torch.library.register_fake("rwfx::sparse_conv_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("rwfx::sparse_conv", _gradients, setup_context=_save, lib=_library)
+torch.library.register_autograd("rwfx::sparse_conv_backward", no_second_derivative, lib=_library)
 for _device, _key in AUTOCAST.items():
     _library.impl("sparse_conv", in_autocast(torch.ops.rwfx.sparse_conv.default, _device), _key)

@@ -68,7 +68,7 @@ def dense_weight(values: Tensor, ccol_indices: Tensor, row_indices: Tensor, rows
 
 def _forward(x, values, bias, ccol_indices, row_indices, crow_indices, col_indices, order, by="nonzeros"):
     rows, columns = len(crow_indices) - 1, len(ccol_indices) - 1
-    check_operands(x.shape[-1], columns, values, row_indices)
+    check_operands(x.shape[-1], columns, rows, values, row_indices, bias)
     if by == "dense":
         W = dense_weight(values.to(x.dtype), ccol_indices, row_indices, rows)
         return F.linear(x, W, None if bias is None else bias.to(x.dtype)).contiguous()
@@ -127,8 +127,10 @@ def _csr_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def check_operands(features: int, columns: int, values: Tensor, row_indices: Tensor) -> None:
-    """Refuse an input or values that do not fit the index.
+def check_operands(
+    features: int, columns: int, rows: int, values: Tensor, row_indices: Tensor, bias: Tensor | None
+) -> None:
+    """Refuse an input, values or a bias that do not fit the index.
 
     Raises:
         ValueError: says which.
@@ -136,7 +138,9 @@ def check_operands(features: int, columns: int, values: Tensor, row_indices: Ten
     if features != columns:
         raise ValueError(f"x has {features} features and the sparse weight has {columns} columns.")
     if values.shape != row_indices.shape:
-        raise ValueError(f"values has the shape {tuple(values.shape)} for {len(row_indices)} places of the index.")
+        raise ValueError(f"values has the shape {list(values.shape)} for {len(row_indices)} places of the index.")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias has the shape {list(bias.shape)} and the sparse weight has {rows} rows.")
 
 
 for _name, _function in {"sparse_linear": _forward, "sparse_linear_backward": _backward}.items():
@@ -170,6 +174,11 @@ def _gradients(ctx, g):
     return dx, dv, db, None, None, None, None, None, None
 
 
+def no_second_derivative(ctx, *_):
+    """The backward of a backward operator."""
+    raise RuntimeError("products with non-zeros have no second derivative: leave create_graph=True out.")
+
+
 def in_autocast(op, device: str):
     """The operator with its input in the type of autocast on ``device``; double precision it leaves alone."""
 
@@ -184,5 +193,6 @@ def in_autocast(op, device: str):
 torch.library.register_fake("rwfx::sparse_linear", _forward_fake, lib=_library)
 torch.library.register_fake("rwfx::sparse_linear_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("rwfx::sparse_linear", _gradients, setup_context=_save, lib=_library)
+torch.library.register_autograd("rwfx::sparse_linear_backward", no_second_derivative, lib=_library)
 for _device, _key in AUTOCAST.items():
     _library.impl("sparse_linear", in_autocast(torch.ops.rwfx.sparse_linear.default, _device), _key)

@@ -26,6 +26,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from rwfx.ops.probe import FOUND
 from rwfx.sparse_weight import SparseWeight
 from rwfx.topology.moving import Way, move
 from rwfx.topology.ranks import agree_on_mean
@@ -110,4 +111,8 @@ class _Explored:
 
     def _take_gradient(self, _: Tensor) -> None:
         # Here, so that what scales or clips gradients before the optimizer's step finds it.
-        self.values.grad = self.probe.grads
+        if int(self.probe.state[0]) == FOUND:
+            grad = self.probe.grads.clone()
+            self.values.grad = grad if self.values.grad is None else self.values.grad + grad
+            # The next pass is added up in ``grad``, which ``zero_grad`` clears.
+            self.probe.look(True, given=len(grad))
