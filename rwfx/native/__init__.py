@@ -1,6 +1,6 @@
 """The CPU kernels in C++: faster implementations of operators that ``rwfx.ops`` and ``rwfx.optim`` have in Python.
 
-They are compiled for this machine when first needed (about half a minute, said on stderr) and kept in the user's cache.
+They are compiled for this machine when first needed (one to two minutes, said on stderr) and kept in the user's cache.
 Nothing depends on them but speed: without a C++ compiler, or with ``RWFX_NATIVE=0``, the Python implementations run,
 and they are what runs on every other device.
 
