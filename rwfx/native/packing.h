@@ -95,11 +95,14 @@ struct Examples {
  private:
   template <class F>
   void each_strip(int64_t tile, int64_t begin, int64_t end, F f) const {
-    constexpr int64_t L = LANES<T>;
-    for (int64_t p = 0; p < places; ++p) {
-      const int64_t first = (tile * places + p) * L;
-      const Strip strip{std::clamp<int64_t>(batch - first, 0, L), down, end - begin, across};
-      f(data + (strip.lanes ? first * down + begin * across : 0), strip, (begin * places + p) * L);
+    // By few features at a time: what is packed of them stays near until all places have been written.
+    constexpr int64_t L = LANES<T>, TOGETHER = 64;
+    for (int64_t i = begin; i < end; i += TOGETHER) {
+      for (int64_t p = 0; p < places; ++p) {
+        const int64_t first = (tile * places + p) * L;
+        const Strip strip{std::clamp<int64_t>(batch - first, 0, L), down, std::min(end - i, TOGETHER), across};
+        f(data + (strip.lanes ? first * down + i * across : 0), strip, (i * places + p) * L);
+      }
     }
   }
 };

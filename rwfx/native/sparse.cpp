@@ -28,8 +28,9 @@ using at::IntArrayRef;
 using at::Tensor;
 using std::optional;
 
-// Vectors of examples in a tile of a linear layer's batch: more would crowd the input out of the cache.
-constexpr int64_t MOST_VECTORS = 16;
+// Vectors of examples in a tile of a linear layer's batch, and bytes of a tile, in and out: more would crowd the input
+// out of the cache.
+constexpr int64_t MOST_VECTORS = 16, MOST_BYTES = 1 << 24;
 
 Places places_of(const Tensor& ccol, const Tensor& row, const Tensor& crow, const Tensor& col, const Tensor& order) {
   const auto data = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<int32_t>() : nullptr; };
@@ -59,7 +60,8 @@ at::ScalarType type_for(const Tensor& x) {
 template <class T>
 Plan linear_plan(int64_t batch, int64_t columns, int64_t rows) {
   const int64_t vectors = std::max<int64_t>(1, (batch + LANES<T> - 1) / LANES<T>);
-  const int64_t tiles = (vectors + MOST_VECTORS - 1) / MOST_VECTORS;
+  const int64_t most = std::clamp<int64_t>(MOST_BYTES / ((columns + rows) * VECTOR_BYTES), 1, MOST_VECTORS);
+  const int64_t tiles = (vectors + most - 1) / most;
   const int64_t places = (vectors + tiles - 1) / tiles;
   Plan plan{tiles, columns, rows, 1, places, places, 1, true, {}, {}};
   for (int64_t p = 0; p < places; ++p) {

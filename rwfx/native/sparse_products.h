@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -29,8 +30,15 @@ namespace rwfx {
 // Vectors that one non-zero serves: as many as there are registers to add up in, or of a linear layer more. Its input is
 // larger than the nearest caches, and to come by it less often is worth a few sums that are kept in memory.
 constexpr int BLOCK = 8, WIDE_BLOCK = 16;
-// How many non-zeros before its turn a wide block of g is fetched.
+// How many non-zeros before its turn a block of a linear layer is fetched.
 constexpr int32_t AHEAD = 5;
+
+template <int NUMBER, class T>
+void fetch(const T* block) {
+  for (int64_t line = 0; line < NUMBER * VECTOR_BYTES; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(block) + line);
+  }
+}
 
 // Where a product reads and writes. Offsets and strides count numbers.
 struct Plan {
@@ -113,7 +121,7 @@ struct Block {
   }
 };
 
-// y[o] = bias[o] + sum over the row of values * x, for a block and the rows from `begin` to `end`.
+// y[o] = bias[o] + sum over the row of values * x, for a block and the rows from `begin` to `end`. `values` are by rows.
 template <class T, int NUMBER, bool CONTIGUOUS>
 void forward_block(
     const Plan& plan, const Places& at, const T* values, const T* bias, const T* x, T* y, int64_t first,
@@ -121,6 +129,7 @@ void forward_block(
   constexpr int64_t L = LANES<T>;
   const Block<const T, NUMBER, CONTIGUOUS> block(plan, x, first);
   const int64_t* in_offset = plan.in_offset.data();
+  const int32_t nnz = at.crow[plan.rows];
   for (int64_t o = begin; o < end; ++o) {
     Vector<T> sum[NUMBER];
     for (int i = 0; i < NUMBER; ++i) {
@@ -128,8 +137,11 @@ void forward_block(
     }
     const int64_t group = plan.groups == 1 ? 0 : o / plan.rows_of_group() * group_offset<T>(plan);
     for (int32_t n = at.crow[o]; n < at.crow[o + 1]; ++n) {
-      const T value = values[at.order[n]];
+      const T value = values[n];
       const int64_t offset = in_offset[at.col[n]] + group;
+      if (plan.each_once && n + AHEAD < nnz) {
+        fetch<NUMBER>(block.at(0, in_offset[at.col[n + AHEAD]]));
+      }
       for (int i = 0; i < NUMBER; ++i) {
         sum[i] += value * load(block.at(i, offset));
       }
@@ -172,11 +184,8 @@ void backward_block(
       for (; n < last && at.row[n] < bound; ++n) {
         const T value = DX ? values[n] : T(0);
         const T* from = g + at.row[n] * g_row;
-        if (NUMBER == WIDE_BLOCK && n + AHEAD < nnz) {
-          const char* next = reinterpret_cast<const char*>(g + at.row[n + AHEAD] * g_row);
-          for (int64_t line = 0; line < NUMBER * VECTOR_BYTES; line += 64) {
-            __builtin_prefetch(next + line);
-          }
+        if (plan.each_once && n + AHEAD < nnz) {
+          fetch<NUMBER>(g + at.row[n + AHEAD] * g_row);
         }
         Vector<T> sum[2] = {Vector<T>{}, Vector<T>{}};
         for (int i = 0; i < NUMBER; ++i) {
@@ -269,7 +278,15 @@ template <class T>
 // y = W x + bias; `in` and `out` are batches of packing.h.
 template <class T, class In, class Out>
 void forward(const Plan& plan, const Places& at, const T* values, const T* bias, const In& in, const Out& out) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = at::get_num_threads(), nnz = at.crow[plan.rows];
+  // By rows, once: every tile reads them one after the other then.
+  const std::unique_ptr<T[]> by_rows(new T[nnz]);
+  at::parallel_for(0, nnz, 1 << 14, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      by_rows[n] = values[at.order[n]];
+    }
+  });
+  values = by_rows.get();
   if (by_tiles(plan)) {
     at::parallel_for(0, plan.tiles, 1, [&](int64_t from, int64_t to) {
       Scratch<T> scratch(in_tile<T>(plan) + out_tile<T>(plan));
