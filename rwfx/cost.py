@@ -5,9 +5,22 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from rwfx.checkpoint import random_state_kept
+
+# Attention on a CPU, which not every version of PyTorch counts of itself.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts the floating point operations of products and of attention."""
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
 
 def dense_flops(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[int, int]:
@@ -19,7 +32,7 @@ def dense_flops(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[int, int]
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    with random_state_kept(), FlopCounterMode(display=False) as counter:
+    with random_state_kept(), flop_counter() as counter:
         outputs = torch.func.functional_call(network, buffers, tuple(inputs))
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
         total = sum(leaf.sum() for leaf in leaves if leaf.requires_grad)

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils.flop_counter import FlopCounterMode
 
-from rwfx.cost import dense_flops
+from rwfx.cost import dense_flops, flop_counter
 from rwfx.sparse_module import SparseModule
 
 
@@ -83,7 +82,7 @@ def products_of(network: nn.Module, inputs: Tensor) -> Products:
     finally:
         for hook in hooks:
             hook.remove()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         network(inputs)
     forward = counter.get_total_flops() // len(inputs)
     weighted_forward = sum(call.forward for call in calls)
