@@ -8,14 +8,14 @@ Axes: N non-zeros, O rows, I columns (of a convolution, input channel and kernel
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwfx.nonzeros import Index, check_size, index_of, keys_of
 from rwfx.ops.sparse_conv import sparse_conv
-from rwfx.ops.sparse_linear import By, dense_weight, sparse_linear
+from rwfx.ops.sparse_linear import Asked, By, dense_weight, sparse_linear
 from rwfx.ops.weighted_call import flat_options
 from rwfx.probe import Probe
 from rwfx.sparse_cost import faster
@@ -56,14 +56,14 @@ class SparseWeight(nn.Module):
         keys: Tensor,
         values: Tensor,
         transposed: bool = False,
-        by: By | Literal["auto"] = "auto",
+        by: Asked = "auto",
     ) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
         check_size(self.rows, self.columns, "sparse")
         self._check(keys, values)
         self.transposed = transposed
-        self._asked_by = by
+        self._asked_by: Asked = by
         self.probe: Probe | None = None
         self.values = nn.Parameter(values.detach().clone())
         self.register_buffer("dense_shape", torch.tensor(self.shape))
@@ -140,8 +140,8 @@ class SparseWeight(nn.Module):
         return dense_weight(self.values, self.ccol_indices, self.row_indices, self.rows).reshape(self.shape)
 
     def _choose(self) -> None:
-        given = self._asked_by
-        self.by: By = faster(self.shape, self.nnz, self.values.device) if given == "auto" else given
+        asked = self._asked_by
+        self.by: By = faster(self.shape, self.nnz, self.values.device) if asked == "auto" else asked
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseWeight":
         super()._apply(fn, recurse)

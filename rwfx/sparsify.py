@@ -21,6 +21,7 @@ from rwfx.arguments import check_number
 from rwfx.call_cost import needs_gradient, places_of
 from rwfx.capture import Capture, capture, tape
 from rwfx.nonzeros import check_size, draw_keys
+from rwfx.ops.sparse_linear import Asked
 from rwfx.options import common_seed
 from rwfx.passes.dense_weights import dense_weights
 from rwfx.passes.normalize import normalize, weighted
@@ -48,7 +49,7 @@ def sparsify(
     growth: Growth = "gse",
     values: Values = "drawn",
     dense: Where | Iterable[Where] = (),
-    by: Literal["auto", "nonzeros", "dense"] = "auto",
+    by: Asked = "auto",
     seed: int | None = None,
     example_inputs: Any = None,
 ) -> SparsifiedModule:
@@ -86,7 +87,7 @@ def sparsify(
         ("init", init, get_args(Init)),
         ("growth", growth, get_args(Growth)),
         ("values", values, get_args(Values)),
-        ("by", by, ("auto", "nonzeros", "dense")),
+        ("by", by, get_args(Asked)),
     ):
         if given not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}.")
@@ -137,7 +138,7 @@ def _sparsified(
     growth: Growth,
     values: Values,
     dense: Sequence[Where],
-    by: str,
+    by: Asked,
     seed: int | None,
 ) -> SparsifiedModule:
     gms = [normalize(GraphModule(captured.host, graph)) for graph in (captured.train, captured.eval)]
@@ -226,7 +227,7 @@ def _roles(gm: GraphModule, captured: Capture, dense: Sequence[Where]) -> Mappin
 
 
 def _sparse_weight(
-    parameter: nn.Parameter, line: SparsityLine, count: int, values: Values, by: str, generator: Generator
+    parameter: nn.Parameter, line: SparsityLine, count: int, values: Values, by: Asked, generator: Generator
 ) -> SparseWeight:
     rows, columns = line.shape[0], prod(line.shape[1:])
     if values == "largest":

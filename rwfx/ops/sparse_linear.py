@@ -33,6 +33,9 @@ AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 By = Literal["nonzeros", "dense"]
 """How a product is computed: from the non-zeros, or densely, from a weight that is filled for the call."""
 
+Asked = Literal["auto", "nonzeros", "dense"]
+"""How a caller wants it computed: ``"auto"`` is whichever is faster."""
+
 
 def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, by: By = "nonzeros") -> Tensor:
     """``y = x @ W.T + bias``, where ``W`` has ``values`` at the places of ``index`` and is zero elsewhere.
