@@ -1,5 +1,6 @@
-"""Checks of numbers that a caller gives: what was met, and what is allowed."""
+"""Checks of what a caller gives: what was met, and what is allowed."""
 
+from collections.abc import Iterable
 from math import inf
 from numbers import Integral
 from typing import Any
@@ -19,3 +20,14 @@ def check_number(name: str, value: Any, kind: type, low: float, high: float = in
         raise TypeError(f"{name} must be {wanted} {bounds}, got {value!r} ({type(value).__name__}).")
     if not low <= value <= high or (above and value == low) or value == inf:
         raise ValueError(f"{name} must be {wanted} {bounds}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Refuse what is none of ``allowed``.
+
+    Raises:
+        ValueError: says so by ``name``.
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

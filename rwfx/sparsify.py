@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.fx import GraphModule
 
 from rwfx import native
-from rwfx.arguments import check_number
+from rwfx.arguments import check_choice, check_number
 from rwfx.call_cost import needs_gradient, places_of
 from rwfx.capture import Capture, capture, tape
 from rwfx.nonzeros import check_size, draw_keys
@@ -89,8 +89,7 @@ def sparsify(
         ("values", values, get_args(Values)),
         ("by", by, get_args(Asked)),
     ):
-        if given not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}.")
+        check_choice(name, given, allowed)
     places = given_places("dense", dense)
     _check_new(model)
     captured = capture(model, example_inputs)

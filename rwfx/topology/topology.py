@@ -15,7 +15,7 @@ from torch import Generator, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rwfx.arguments import check_number
+from rwfx.arguments import check_choice, check_number
 from rwfx.ops.probe import EXPLORE
 from rwfx.ops.walk import mix
 from rwfx.options import common_seed
@@ -116,7 +116,7 @@ class Topology:
             ("schedule", schedule, DECAYS),
             ("scope", scope, SCOPES),
         ):
-            _check_choice(name, given, allowed)
+            check_choice(name, given, allowed)
         self._rules = METHODS[self.method]
         if self.method == "topkast" and scope == "global":
             raise ValueError('method="topkast" keeps the number of non-zeros of each weight: use scope="layer".')
@@ -303,11 +303,6 @@ def _method_of(model: nn.Module) -> str:
     return found[0]
 
 
-def _check_choice(name: str, given: Any, allowed: Mapping[str, Any]) -> None:
-    if given not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}.")
-
-
 def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The method's options, those that are not given as they are by default."""
     own = METHODS[method].options
@@ -318,7 +313,7 @@ def _options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: default if given[name] is None else given[name] for name, default in own.items()}
     for name, allowed in (("distribution", EXPLORE), ("prune", PRUNES)):
         if name in options:
-            _check_choice(name, options[name], allowed)
+            check_choice(name, options[name], allowed)
     if "gamma" in options:
         check_number("gamma", options["gamma"], Real, 0, above=True)
     if "density" in options:
