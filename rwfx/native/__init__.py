@@ -64,7 +64,8 @@ def ready() -> bool:
 
 def loaded() -> bool:
     """Whether the kernels are what runs on a CPU."""
-    return wanted() and _library().exists() and ready()
+    # Asked for every weight that is made or moved: once it is known, no source is read again.
+    return wanted() and (bool(ready.cache_info().currsize) or _library().exists()) and ready()
 
 
 def load_if_built() -> None:
