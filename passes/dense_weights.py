@@ -8,6 +8,9 @@ from torch.fx import GraphModule
 
 from rwfx.sparse_weight import SparseWeight
 
+CALL_OF = {2: F.linear, 3: F.conv1d, 4: F.conv2d}
+"""Of a weight with so many dimensions."""
+
 
 def dense_weights(gm: GraphModule) -> GraphModule:
     """Spell each call of a ``SparseWeight`` as one of ``torch.nn.functional`` on a parameter of the same name.
@@ -26,7 +29,7 @@ def dense_weights(gm: GraphModule) -> GraphModule:
             dense = graph.get_attr(str(node.target))
             if weight.transposed:
                 dense = graph.call_function(torch.t, (dense,))
-            call = graph.call_function(F.linear if len(weight.shape) == 2 else F.conv2d, (x, dense, *others))
+            call = graph.call_function(CALL_OF[len(weight.shape)], (x, dense, *others))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)

@@ -11,7 +11,7 @@ from rwfx.readers import Readers
 from rwfx.weight_views import View
 
 # The calls that have an operator on non-zeros: those of ``rwfx.sparse_weight.SparseWeight``.
-TARGETS = {F.linear, F.conv2d}
+TARGETS = {F.linear, F.conv1d, F.conv2d}
 
 
 def sparse_weights(gm: GraphModule, host_of: Mapping[str, str]) -> GraphModule:

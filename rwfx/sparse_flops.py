@@ -119,9 +119,15 @@ class SparseFlops:
         return sum(2 * (2 * use.forward_places + use.input_places) * use.size for use in self.uses)
 
     def candidates(self, method: str, gamma: float = 1.0) -> float:
-        """What choosing where to grow takes, each time: at most, as candidates that were drawn twice count once."""
-        count = CANDIDATES.get(method, lambda n, places, gamma: 0)
-        return sum(2 * use.forward_places * count(use.nnz, use.size, gamma) for use in self.uses if use.is_sparse)
+        """What choosing where to grow takes, each time: at most, as candidates that were drawn twice count once.
+
+        Of a weight whose products are dense they are taken from all gradients.
+        """
+        if method not in CANDIDATES:
+            return 0
+        sparse = [use for use in self.uses if use.is_sparse]
+        counts = [CANDIDATES[method](u.nnz, u.size, gamma) if u.by == "nonzeros" else u.size for u in sparse]
+        return sum(2 * use.forward_places * count for use, count in zip(sparse, counts, strict=True))
 
 
 def _check(method: str) -> None:

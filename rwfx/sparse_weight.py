@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from rwfx.nonzeros import Index, check_size, index_of, keys_of
 from rwfx.ops.sparse_conv import sparse_conv
 from rwfx.ops.sparse_linear import Asked, By, dense_weight, sparse_linear
-from rwfx.ops.weighted_call import flat_options
+from rwfx.ops.weighted_call import conv_options, flat_options
 from rwfx.probe import Probe
 from rwfx.sparse_cost import faster
 
 
 class SparseWeight(nn.Module):
-    """The non-zeros of a weight of ``shape``, ``(O, I)`` or ``(O, channels / groups, *kernel)``.
+    """The non-zeros of a weight of ``shape``, ``(O, I)`` or ``(O, channels / groups, *kernel)`` with one or two sizes.
 
     Attributes:
         values: the numbers, a parameter, ``(N,)``, column by column. Their gradient is dense, so any optimizer of
@@ -60,6 +60,8 @@ class SparseWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
+        if not 2 <= len(self.shape) <= 4:
+            raise ValueError(f"shape must be (O, I) or (O, channels / groups, *kernel) in 1-d or 2-d, got {shape}.")
         check_size(self.rows, self.columns, "sparse")
         self._check(keys, values)
         self.transposed = transposed
@@ -72,12 +74,24 @@ class SparseWeight(nn.Module):
         self._choose()
 
     def forward(self, x: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:
-        """The call with the dense weight: ``F.linear(x, W, bias)`` or ``F.conv2d(x, W, bias, *options)``."""
-        if len(self.shape) == 2:
+        """The call with the dense weight: ``F.linear(x, W, bias)``, ``F.conv1d(x, W, bias, *options)`` or ``F.conv2d``.
+
+        Of a convolution's options (stride, padding, dilation, groups) those that are left out are as there.
+
+        Raises:
+            TypeError, ValueError: ``x`` does not fit the weight, or is not of floating point.
+        """
+        kernel = self.shape[2:]
+        if not kernel:
             y = sparse_linear(x, self.values, bias, self.index, self.by)
-        else:
-            y = sparse_conv(x, self.values, bias, self.index, self.shape[2:], *options, by=self.by)
-        return y if self.probe is None else self.probe(y, x, self, flat_options(self.shape[2:], *options))
+            return y if self.probe is None else self.probe(y, x, self, [])
+        options = conv_options(len(kernel), *options)
+        is_line = len(kernel) == 1
+        if is_line:  # as of an image with one line
+            x, kernel = x.unsqueeze(-2), (1, *kernel)
+        y = sparse_conv(x, self.values, bias, self.index, kernel, *options, by=self.by)
+        y = y if self.probe is None else self.probe(y, x, self, flat_options(kernel, *options))
+        return y.squeeze(-2) if is_line else y
 
     @property
     def rows(self) -> int:

@@ -14,6 +14,14 @@ from rwfx.train import RandomWalkTrainer
 EPOCHS, EXAMPLES, BATCH = 3, 30, 4
 STEPS = EPOCHS * -(-EXAMPLES // BATCH)
 
+TOPOLOGIES = {
+    "gse of all weights": {"scope": "global"},
+    "graest": {"distribution": "graest"},
+    "snfs": {"method": "snfs"},
+    "topkast": {"method": "topkast"},
+}
+"""Modes of training with few non-zeros."""
+
 
 class NoisyExamples(Dataset):
     """Examples that draw from every global stream when they are read, as augmentations do."""
@@ -49,9 +57,9 @@ def make_trainer(mode, path=None, **options):
     seed_everything(1)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
     options = {"epochs": EPOCHS, "lr": 0.01, "checkpoint": path, "progress": False, **options}
-    if mode == "always_sparse":
-        topology = {"interval": 3, "end": 20, "scope": "global"}
-        return RandomWalkTrainer(model, mode, density=0.3, topology=topology, **options)
+    if mode in TOPOLOGIES:
+        topology = {"interval": 3, "end": 20, **TOPOLOGIES[mode]}
+        return RandomWalkTrainer(model, "always_sparse", density=0.3, topology=topology, **options)
     return RandomWalkTrainer(model, mode, num_paths=3, **options)
 
 

@@ -26,7 +26,7 @@ RESUMED = [
     ("rw_sparse", loader, every) for loader in (global_order, own_order, sampler_order) for every in (1, 5, None)
 ]
 RESUMED += [("rw_masked", own_order, 5), ("full", global_order, 5), ("full", own_order, 1)]
-RESUMED += [("always_sparse", global_order, 5), ("always_sparse", own_order, 1)]
+RESUMED += [("gse of all weights", global_order, 5), ("gse of all weights", own_order, 1)]
 
 
 @pytest.mark.parametrize(("mode", "loader", "every"), RESUMED)
@@ -67,7 +67,10 @@ def test_a_run_with_evaluations_is_the_run_without_them():
     [
         ("rw_sparse", "global_order"),
         ("rw_masked", "sampler_order"),
-        ("always_sparse", "global_order"),
+        ("gse of all weights", "global_order"),
+        ("graest", "own_order"),
+        ("snfs", "sampler_order"),
+        ("topkast", "own_order"),
         ("full", "own_order"),
     ],
 )

@@ -188,6 +188,47 @@ def test_what_does_not_fit_is_an_error_that_says_so():
         weight(torch.randn(2, 2, 5, 5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("by", ["nonzeros", "dense"])
+def test_integers_are_not_taken_for_numbers_of_the_weights_type(by):
+    with pytest.raises(TypeError, match=r"x must be of floating point, got torch.int64: convert it"):
+        make_weight(7, 5, nnz=12, by=by)(torch.ones(2, 5, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"x must be of floating point, got torch.uint8"):
+        make_weight(6, 4, 3, 3, nnz=12, by=by)(torch.ones(2, 4, 5, 5, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("options", [(2,), ((2, 1), 1), (1, (0, 2), 2), ([2, 2], [1], (1, 1), 2)], ids=str)
+def test_options_of_a_convolution_are_spelled_as_in_pytorch(options):
+    groups = options[3] if len(options) > 3 else 1
+    weight, x = make_weight(6, 4 // groups, 3, 3, nnz=20), torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    assert_close(weight(x, None, *options), F.conv2d(x, weight.to_dense(), None, *options), **EXACT)
+
+
+@pytest.mark.parametrize("options", [(), (2,), ((2,), 1), (1, [2], 2, 2)], ids=str)
+@pytest.mark.parametrize("leading", [(3,), ()], ids=["batch", "single"])
+def test_a_convolution_in_one_dimension_is_the_dense_one(options, leading):
+    groups = options[3] if len(options) > 3 else 1
+    weight, bias = make_weight(6, 4 // groups, 3, nnz=20), torch.randn(6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*leading, 4, 9, dtype=torch.float64, requires_grad=True)
+    W = weight.to_dense().detach().requires_grad_()
+    y, expected = weight(x, bias, *options), F.conv1d(x, W, bias, *options)
+    assert_close(y, expected, **EXACT)
+    g = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, weight.values, bias), g)
+    dx, dW, db = torch.autograd.grad(expected, (x, W, bias), g)
+    for one, other in zip(found, (dx, at_places(weight, dW), db), strict=True):
+        assert_close(one, other, **EXACT)
+
+
+def test_options_of_another_dimension_are_refused():
+    weight = make_weight(6, 4, 3, nnz=20)
+    with pytest.raises(TypeError, match=r"stride must be a number, or 1 of them, got \(2, 2\)"):
+        weight(torch.ones(2, 4, 9), None, (2, 2))
+    with pytest.raises(TypeError, match="padding must be a number, or 1 of them, got 'same'"):
+        weight(torch.ones(2, 4, 9), None, 1, "same")
+    with pytest.raises(ValueError, match=r"in 1-d or 2-d, got \(2, 2, 2, 2, 2\)"):
+        make_weight(2, 2, 2, 2, 2, nnz=3)
+
+
 REFUSED = {
     "padding below zero": ((4, 4, 3, 3), (2, 4, 9, 9), {"padding": (-1, -1)}, "padding not below"),
     "a kernel beyond the input": ((4, 4, 3, 3), (2, 4, 2, 2), {"stride": (2, 2)}, "reaches over 3 places .* has 2"),

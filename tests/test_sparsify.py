@@ -28,7 +28,8 @@ class Mixed(nn.Module):
         self.conv = nn.Conv2d(3, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
         self.grouped = nn.Conv2d(8, 8, 3, groups=2, padding="same", bias=False)
-        self.fc = nn.Linear(8 * 36, 20)
+        self.line = nn.Conv1d(8, 8, 5, padding=2, stride=3)
+        self.fc = nn.Linear(8 * 12, 20)
         self.twice = nn.Linear(20, 20)
         self.other_way = nn.Parameter(torch.randn(20, 12))
         self.drop = nn.Dropout(0.2)
@@ -36,6 +37,7 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         x = self.grouped(self.norm(self.conv(x)).relu())
+        x = self.line(x.flatten(2))
         x = self.fc(x.flatten(1)).relu()
         x = self.twice(self.twice(x).tanh())
         return self.head(self.drop(x @ self.other_way))
@@ -156,7 +158,7 @@ def test_equal_seeds_draw_equal_models():
 
 def test_named_weights_stay_dense():
     sparse = rwfx.sparsify(Mixed(), 0.1, dense=["head", nn.Conv2d, lambda name, module: name == "other_way"])
-    assert set(sparse.sparse_weights) == {"fc.weight", "twice.weight"}
+    assert set(sparse.sparse_weights) == {"line.weight", "fc.weight", "twice.weight"}
     assert sparse.report.lines[-1].dense_because
     with pytest.raises(ValueError, match="'fx', which matches no weight or module"):
         rwfx.sparsify(Mixed(), 0.1, dense="fx")
@@ -379,19 +381,19 @@ def test_products_are_computed_the_faster_way_as_non_zeros_become_few():
     assert weight.by == "nonzeros"
 
 
-def test_a_conv_in_one_dimension_stays_dense_and_says_why():
-    class Sounds(nn.Module):
+def test_a_conv_in_three_dimensions_stays_dense_and_says_why():
+    class Scans(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.fc = nn.Conv1d(2, 4, 3), nn.Linear(24, 5)
+            self.conv, self.fc = nn.Conv3d(2, 4, 3), nn.Linear(32, 5)
 
         def forward(self, x):
             return self.fc(F.relu(self.conv(x)).flatten(1))
 
-    sparse = rwfx.sparsify(Sounds(), 0.5)
+    sparse = rwfx.sparsify(Scans(), 0.5)
     (line,) = (line for line in sparse.report.lines if line.weight == "conv.weight")
-    assert "conv1d" in line.dense_because
-    sparse(torch.randn(2, 2, 8))
+    assert "conv3d" in line.dense_because
+    sparse(torch.randn(2, 2, 4, 4, 4))
 
 
 def test_the_example_keeps_its_promise():

@@ -265,6 +265,15 @@ def test_tails_are_the_smallest_positive_and_the_largest_negative_values():
         assert len(set(tails(-values.abs(), count).tolist())) == count
 
 
+def test_together_no_weight_loses_all_to_tails():
+    values = torch.tensor([5.0, -1, -2, -3]), torch.tensor([-1.0, -2, -3, 4])
+    parts = [Part(20, torch.arange(len(v)), v, torch.empty(0, dtype=torch.int64), torch.empty(0)) for v in values]
+    grow = at_random(torch.Generator().manual_seed(0))
+    found = together(parts, lambda part: exchanged(part, 1.0, tails, grow))
+    assert 0 in found[0]
+    assert 3 in found[1]
+
+
 # --- All weights together --------------------------------------------------------------------------------------------
 
 
@@ -468,6 +477,46 @@ def test_a_frozen_weight_stays_where_it_is():
     topology.step()
     assert torch.equal(frozen.keys(), before)
     assert set(topology.weights) == {"0.weight", "5.weight", "8.weight"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_that_is_frozen_later_stays_where_it_is_until_it_is_trained_again(method):
+    model = sparsified(growth=method)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    options = {"density": 0.01, "end": 3} if method == "gradual" else {"schedule": "constant"}
+    topology = rwfx.Topology(model, optimizer, interval=1, **options)
+    frozen = model.sparse_weights["2.weight"]
+    frozen.values.requires_grad_(False)
+    before, values = frozen.keys(), frozen.values.clone()
+    for step in range(3):
+        backward(model, step)
+        topology.step()
+        assert torch.equal(frozen.keys(), before)
+        assert torch.equal(frozen.values, values)
+        if method != "static":
+            assert "2.weight" not in topology.history[-1].grown
+    if method in ("gse", "rigl", "set"):
+        frozen.values.requires_grad_(True)
+        for step in range(2):  # in the first nothing is looked for yet
+            backward(model, step)
+            topology.step()
+        assert topology.history[-1].grown["2.weight"] > 0
+
+
+def test_a_second_topology_with_topkast_wants_an_optimizer_of_its_own():
+    model = sparsified()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = rwfx.Topology(model, optimizer, "topkast", interval=10)
+    probes = [weight.probe for weight in first.weights.values()]
+    with pytest.raises(ValueError, match=r"groups of another Topology .* an optimizer of its own"):
+        rwfx.Topology(model, optimizer, "topkast", interval=10)
+    assert [weight.probe for weight in first.weights.values()] == probes
+    anew = torch.optim.SGD(model.parameters(), 0.1)
+    rwfx.Topology(model, anew, "topkast", interval=10)
+    backward(model, 0)
+    first_explored, explored = (o.param_groups[1]["params"] for o in (optimizer, anew))
+    assert all(values.grad is None for values in first_explored)
+    assert all(values.grad is not None for values in explored)
 
 
 def test_draws_of_a_large_weight_are_those_of_its_free_places():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.library import opcheck
 from torch.testing import assert_close
 
 import rwfx
@@ -26,6 +27,7 @@ LAYERS = {
     "vector": ((7, 5), (5,), ()),
     "conv": ((6, 4, 3, 2), (2, 4, 7, 8), ([2, 1], [1, 0], [1, 2], 1)),
     "grouped": ((6, 2, 3, 3), (2, 4, 5, 5), ([1, 1], [1, 1], [1, 1], 2)),
+    "line": ((6, 2, 3), (2, 4, 9), ([2], [1], [2], 2)),
     "single": ((6, 4, 3, 3), (4, 5, 5), ([1, 1], [1, 1], [1, 1], 1)),
 }
 """The shape of a weight, of an input, and the options of a convolution."""
@@ -51,7 +53,7 @@ def probed(weight, rule, draws):
 def gradient(weight, x, factor, options):
     """Of the dense weight, in the order of keys, and the call's own output."""
     W = weight.to_dense().detach().requires_grad_()
-    y = F.conv2d(x, W, None, *options) if options else F.linear(x, W)
+    y = {2: F.linear, 3: F.conv1d, 4: F.conv2d}[W.dim()](x, W, None, *options)
     (y * factor).sum().backward()
     return W.grad.flatten(1).t().flatten()
 
@@ -81,6 +83,20 @@ def test_gradients_of_candidates_are_the_dense_gradient_there(layer, rule, times
         assert bool((keys.diff() > 0).all())
         assert not set(keys.tolist()) & set(weight.keys().tolist())
         assert_close(grads, dense[keys], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "momentum"])
+@pytest.mark.parametrize("layer", ["linear", "grouped"])
+def test_the_operators_are_what_torch_library_asks_of_them(layer, rule):
+    shape, of_input, options = LAYERS[layer]
+    weight, x = sparse(shape), torch.randn(of_input, dtype=torch.float64)
+    y = weight(x, None, *options).detach().requires_grad_()
+    probe = probed(weight, rule, 20)
+    flat = flat_options(shape[2:], *options) if options else []
+    index = weight.ccol_indices, weight.row_indices, weight.crow_indices
+    call = x, weight.values.detach(), *index, flat, "nonzeros", rule, probe.state, probe.keys, probe.grads
+    opcheck(torch.ops.rwfx.probe.default, (y, *call))
+    opcheck(torch.ops.rwfx.probe_.default, (torch.randn_like(y), *call))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -149,7 +165,8 @@ def call_of(layer, batch=None):
     y = weight(x, None, *options)
     g = torch.randn_like(y)
     index = weight.ccol_indices, weight.row_indices, weight.crow_indices
-    call = WeightedCall(g, x, weight.values.detach(), *index, flat_options(shape[2:], *options), "nonzeros")
+    flat = flat_options(shape[2:], *options) if options else []
+    call = WeightedCall(g, x, weight.values.detach(), *index, flat, "nonzeros")
     return call, gradient(weight, x, g, options).view(weight.columns, weight.rows)
 
 

@@ -59,10 +59,13 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
     model, optim, topology = start("gse", "sgd", "layer", 0)
     train(model, optim, topology, range(4))
     before = topology.state_dict()
-    with pytest.raises(ValueError, match="the state is of method='rigl', and this topology's is 'gse'"):
-        topology.load_state_dict({**before, "method": "rigl"})
+    for name, other in {"method": "rigl", "interval": 17, "alpha": 0.9, "scope": "global", "options": {}}.items():
+        with pytest.raises(ValueError, match=f"the state is of a topology with {name}=.*: make it with what"):
+            topology.load_state_dict({**before, "settings": {**before["settings"], name: other}})
     with pytest.raises(ValueError, match="Load the model's state_dict first"):
-        topology.load_state_dict({**before, "nonzeros": dict.fromkeys(before["nonzeros"], 1)})
+        topology.load_state_dict({**before, "weights": {n: [1, 2, 3] for n in before["weights"]}})
+    with pytest.raises(ValueError, match="no state_dict of a Topology: it has no 'settings', 'weights', 'seed'"):
+        topology.load_state_dict({})
     assert_equal(topology.state_dict(), before)
 
 

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from rwfx.nonzeros import Index, keys_of
-from rwfx.ops.sparse_linear import AUTOCAST, By, check_operands, dense_weight, in_autocast, no_second_derivative
+from rwfx.ops.sparse_linear import (
+    AUTOCAST,
+    By,
+    check_floating,
+    check_operands,
+    dense_weight,
+    in_autocast,
+    no_second_derivative,
+)
 
 _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define(
@@ -56,8 +64,10 @@ def sparse_conv(
         kernel, stride, padding, dilation: two numbers each.    by: as in ``sparse_linear``.
 
     Raises:
+        TypeError: ``x`` is not of floating point.
         ValueError: ``x`` has another number of channels, or ``values`` has not a number for each place.
     """
+    check_floating(x)
     options = list(kernel), list(stride), list(padding), list(dilation), groups, by
     if x.dim() == 3:
         return torch.ops.rwfx.sparse_conv.default(x.unsqueeze(0), values, bias, *index, *options).squeeze(0)

@@ -57,8 +57,10 @@ def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, 
             it is hardly sparse. The gradients are the same.
 
     Raises:
+        TypeError: ``x`` is not of floating point.
         ValueError: the last dimension of ``x`` is not ``I``, or ``values`` has not a number for each place.
     """
+    check_floating(x)
     return torch.ops.rwfx.sparse_linear.default(x, values, bias, *index, by)
 
 
@@ -128,6 +130,12 @@ def _has_csr(x: Tensor) -> bool:
 
 def _csr_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def check_floating(x: Tensor) -> None:
+    """Refuse an input of integers or complex numbers, whose type the weight would be converted to."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be of floating point, got {x.dtype}: convert it, as with x.float().")
 
 
 def check_operands(

@@ -97,12 +97,40 @@ class WeightedCall(NamedTuple):
         )[1]
 
 
-def flat_options(
-    kernel: Sequence[int],
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
+class ConvOptions(NamedTuple):
+    """A convolution's options in two dimensions: of one in one dimension, of an image with one line."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+def conv_options(
+    dimensions: int,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
+) -> ConvOptions:
+    """The options of ``F.conv1d`` or ``F.conv2d``, a number or as many as there are dimensions.
+
+    Raises:
+        TypeError: they are something else, as ``padding="same"``.
+    """
+
+    def pair(name: str, given: int | Sequence[int], of_one_line: int) -> list[int]:
+        several = [given] if isinstance(given, int) else list(given)
+        if isinstance(given, str) or len(several) not in (1, dimensions):
+            raise TypeError(f"{name} must be a number, or {dimensions} of them, got {given!r}.")
+        several *= dimensions if len(several) == 1 else 1
+        return [of_one_line] * (2 - dimensions) + several
+
+    return ConvOptions(pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1), groups)
+
+
+def flat_options(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> list[int]:
-    """A convolution's options as ``WeightedCall`` has them; of a linear call, which has no kernel, none."""
-    return [*kernel, *stride, *padding, *dilation, groups] if kernel else []
+    """A convolution's options as ``WeightedCall`` has them."""
+    return [*kernel, *stride, *padding, *dilation, groups]

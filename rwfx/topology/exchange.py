@@ -27,8 +27,9 @@ Grow = Callable[[Part, int], Tensor]
 
 def exchanged(part: Part, share: float, prune: Prune, grow: Grow) -> Tensor:
     """The part's keys after an exchange, sorted."""
-    grown = grow(part, min(ceil(share * len(part.keys)), len(part.keys) - part.stay))
-    return replaced(part, prune(part.values, len(grown)), grown)
+    prunable = part.prunable.nonzero().flatten()
+    grown = grow(part, min(ceil(share * len(part.keys)), len(prunable)))
+    return replaced(part, prunable[prune(part.values[prunable], len(grown))], grown)
 
 
 def replaced(part: Part, pruned: Tensor, grown: Tensor) -> Tensor:

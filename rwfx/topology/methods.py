@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from math import ceil, isfinite
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 
 from rwfx.sparsity import deal
@@ -76,8 +77,10 @@ def _exchange_by_momentum(parts: Sequence[Part], moment: Moment) -> list[Tensor]
 
 def _shrink(parts: Sequence[Part], moment: Moment) -> list[Tensor]:
     def kept(part: Part) -> Tensor:
-        count = min(len(part.keys), max(1, part.stay, round(moment.share * part.places)))
-        return part.keys[part.values.abs().topk(count).indices].sort().values
+        stay = int((~part.prunable).sum())
+        count = min(len(part.keys), max(1, stay, round(moment.share * part.places)))
+        sizes = part.values.abs().masked_fill(~part.prunable, torch.inf)
+        return part.keys[sizes.topk(count).indices].sort().values
 
     return SCOPES[moment.scope](parts, kept)
 

@@ -30,8 +30,14 @@ class Part:
     """``(M,)``: the larger the magnitude, the sooner a candidate is taken."""
     wanted: float = 0.0
     """How much more connections of this weight are wanted than those of another; only ``snfs`` asks."""
-    stay: int = 0
-    """How many connections at least stay, those with the largest values."""
+    stay: Tensor | None = None
+    """Positions of connections that are not pruned."""
+
+    @property
+    def prunable(self) -> Tensor:
+        """``(N,)`` bool: which connections may be pruned."""
+        all_of_them = torch.ones_like(self.keys, dtype=torch.bool)
+        return all_of_them if self.stay is None else all_of_them.index_fill_(0, self.stay, False)
 
 
 def each(parts: Sequence[Part], choose: Choose) -> list[Tensor]:
@@ -42,18 +48,16 @@ def each(parts: Sequence[Part], choose: Choose) -> list[Tensor]:
 def together(parts: Sequence[Part], choose: Choose) -> list[Tensor]:
     """Choose in all parts at once; each keeps its largest value, so that none loses all."""
     first = list(accumulate((part.places for part in parts), initial=0))
+    position = list(accumulate((len(part.keys) for part in parts), initial=0))
+    largest = [part.values.abs().argmax() + at for part, at in zip(parts, position, strict=False) if len(part.keys)]
     whole = Part(
         first[-1],
         torch.cat([part.keys + start for part, start in zip(parts, first, strict=False)]),
-        torch.cat([_with_one_kept(part.values) for part in parts]),
+        torch.cat([part.values for part in parts]),
         torch.cat([part.candidates + start for part, start in zip(parts, first, strict=False)]),
         torch.cat([part.scores for part in parts]),
-        stay=len(parts),
+        stay=torch.stack(largest),
     )
     keys = choose(whole)
     bounds = torch.searchsorted(keys, torch.tensor(first, device=keys.device)).tolist()
     return [keys[a:b] - start for (a, b), start in zip(pairwise(bounds), first, strict=False)]
-
-
-def _with_one_kept(values: Tensor) -> Tensor:
-    return values.index_fill(0, values.abs().argmax(), torch.inf)

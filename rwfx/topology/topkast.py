@@ -12,8 +12,9 @@ and elsewhere drawn as for a dense weight, uniformly with the standard deviation
 than what a sparsified model stores.
 
 The paper's exploration loss, ``|theta_A|^2 + |theta_{B \\ A}|^2 / D`` with the density ``D``, is the weight decay of
-the optimizer: ``B \\ A`` is a parameter group of its own, with ``1 / D`` of the decay. (A scheduler of learning rates
-that was made before does not know that group.) What comes into ``A`` or ``B \\ A`` starts with an optimizer state of 0.
+the optimizer: ``B \\ A`` is a parameter group of its own, marked with ``"explored": True``, with ``1 / D`` of the
+decay. (A scheduler of learning rates that was made before does not know that group.) What comes into ``A`` or
+``B \\ A`` starts with an optimizer state of 0.
 
 Axes: I columns and O rows of the weight, N connections, E explored places.
 """
@@ -46,12 +47,13 @@ class Exploration:
             if explored:
                 options = {name: value for name, value in group.items() if name != "params"}
                 decay = options.get("weight_decay", 0) / density
-                optimizer.add_param_group({**options, "params": explored, "weight_decay": decay})
+                optimizer.add_param_group({**options, "params": explored, "weight_decay": decay, "explored": True})
         optimizer.register_step_pre_hook(self._agree)
 
     def update(self) -> dict[str, int]:
         """Choose ``A`` and ``B`` anew; give how many connections of each weight are new."""
-        return {name: explored.update(self.optimizer) for name, explored in self._all.items()}
+        trained = {name: explored for name, explored in self._all.items() if explored.weight.values.requires_grad}
+        return {name: explored.update(self.optimizer) for name, explored in trained.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that is not in the sparse weights."""
@@ -72,6 +74,15 @@ class Exploration:
         for explored in self._all.values():
             if explored.values.grad is not None:
                 agree_on_mean(explored.values.grad)
+
+
+def check_unexplored(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that trains the explored places of another topology."""
+    if any(group.get("explored") for group in optimizer.param_groups):
+        raise ValueError(
+            'the optimizer has the groups of another Topology with method="topkast": give this one an optimizer of its '
+            "own, made anew."
+        )
 
 
 class _Explored:
@@ -111,7 +122,7 @@ class _Explored:
 
     def _take_gradient(self, _: Tensor) -> None:
         # Here, so that what scales or clips gradients before the optimizer's step finds it.
-        if int(self.probe.state[0]) == FOUND:
+        if self.weight.probe is self.probe and int(self.probe.state[0]) == FOUND:
             grad = self.probe.grads.clone()
             self.values.grad = grad if self.values.grad is None else self.values.grad + grad
             # The next pass is added up in ``grad``, which ``zero_grad`` clears.

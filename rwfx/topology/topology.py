@@ -26,7 +26,7 @@ from rwfx.topology.moving import move
 from rwfx.topology.parts import Part
 from rwfx.topology.ranks import agree_on_mean, agreed
 from rwfx.topology.schedules import DECAYS
-from rwfx.topology.topkast import Exploration
+from rwfx.topology.topkast import Exploration, check_unexplored
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Topology:
     are pruned by what the optimizer's step made of them.
 
     The model is compiled before or after. Between updates nothing is compiled anew, and in the scope ``"layer"`` not by
-    an update either. With ``torch.distributed`` initialized all ranks move the same connections.
+    an update either. With ``torch.distributed`` initialized all ranks move the same connections. A weight that is
+    frozen after this was made stays as it is until it is trained again.
 
     Attributes:
         steps: how often ``step`` was called.
@@ -133,6 +134,8 @@ class Topology:
             )
         self.interval, self.end, self.schedule, self.scope = interval, end, schedule, scope
         self.weights = _weights(model, optimizer, scope)
+        if self.method == "topkast":
+            check_unexplored(optimizer)
         self.optimizer = optimizer
         self.seed = common_seed() if seed is None else seed
         check_number("seed", self.seed, Integral, 0, 2**63 - 1)
@@ -167,10 +170,10 @@ class Topology:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the states of the model, which has the connections, and the optimizer."""
         return {
-            "method": self.method,
+            "settings": self.settings,
+            "weights": self._sizes_of_weights(),
             "seed": self.seed,
             "steps": self.steps,
-            "nonzeros": {name: weight.nnz for name, weight in self.weights.items()},
             "history": [asdict(update) for update in self.history],
             "momentum": {name: self._probe(name).grads.clone() for name in self._with_momentum()},
             "exploration": {} if self._exploration is None else self._exploration.state_dict(),
@@ -180,15 +183,23 @@ class Topology:
         """Go on from a ``state_dict``; the model's is to be loaded before.
 
         Raises:
-            ValueError: it is of another method, or of a model with other non-zeros; nothing has changed then.
+            ValueError: it is of a topology with other settings, or of a model with other non-zeros; nothing has changed
+                then.
         """
-        if state["method"] != self.method:
-            raise ValueError(f"the state is of method={state['method']!r}, and this topology's is {self.method!r}.")
-        own = {name: weight.nnz for name, weight in self.weights.items()}
-        if state["nonzeros"] != own:
+        lacking = [name for name in ("settings", "weights", "seed", "steps", "history") if name not in state]
+        if lacking:
+            raise ValueError(f"this is no state_dict of a Topology: it has no {', '.join(map(repr, lacking))}.")
+        for name, own in self.settings.items():
+            if (given := state["settings"].get(name)) != own:
+                raise ValueError(
+                    f"the state is of a topology with {name}={given!r}, and this one has {own!r}: make it with what "
+                    "the state has."
+                )
+        own = self._sizes_of_weights()
+        if state["weights"] != own:
             raise ValueError(
-                f"the state is of a model with the non-zeros {state['nonzeros']}, and this one has {own}. Load the "
-                "model's state_dict first."
+                f"the state is of a model with the weights and non-zeros {state['weights']}, and this one has {own}. "
+                "Load the model's state_dict first."
             )
         self.seed, self.steps = state["seed"], state["steps"]
         self.history = [Update(**update) for update in state["history"]]
@@ -197,6 +208,15 @@ class Topology:
             self._probe(name).grads.copy_(state["momentum"][name])
         if self._exploration is not None:
             self._exploration.load_state_dict(state["exploration"])
+
+    def _sizes_of_weights(self) -> dict[str, list[int]]:
+        """Of each weight its shape and how many non-zeros it has."""
+        return {name: [*weight.shape, weight.nnz] for name, weight in self.weights.items()}
+
+    @property
+    def _trained(self) -> dict[str, SparseWeight]:
+        """The weights without those that were frozen meanwhile."""
+        return {name: weight for name, weight in self.weights.items() if weight.values.requires_grad}
 
     def _is_due(self) -> bool:
         """Whether the step that comes next, number ``steps`` from 0, ends with an update."""
@@ -212,12 +232,13 @@ class Topology:
         for n, weight in enumerate(self.weights.values()):
             if weight.probe is None or not (first or due or weight.probe.looks or self._rules.always):
                 continue
+            looks = (due or self._rules.always) and weight.values.requires_grad
             if self.method == "topkast":
-                weight.probe.look(True, given=len(weight.probe.keys))
+                weight.probe.look(looks, given=len(weight.probe.keys))
                 continue
             draws, candidates, gradients = self._sizes(weight)
             weight.probe.fit(weight, candidates, gradients)
-            weight.probe.look(due or self._rules.always, self._key(n), draws)
+            weight.probe.look(looks, self._key(n), draws)
 
     def _sizes(self, weight: SparseWeight) -> tuple[int, int, int]:
         """How many candidates are drawn or kept (0: all), and the places for them and for their gradients."""
@@ -232,7 +253,7 @@ class Topology:
 
     def _most(self, weight: SparseWeight) -> int:
         """How many connections a weight can get in one update."""
-        total = sum(w.nnz for w in self.weights.values()) if self.scope == "global" else weight.nnz
+        total = sum(w.nnz for w in self._trained.values()) if self.scope == "global" else weight.nnz
         assert self.alpha is not None
         return min(ceil(self.alpha * total), weight.rows * weight.columns - weight.nnz)
 
@@ -253,18 +274,20 @@ class Topology:
         before = {name: weight.nnz for name, weight in self.weights.items()}
         share = self._share()
         if self._exploration is not None:
-            candidates = {name: len(self._probe(name).keys) for name in self.weights}
+            candidates = {name: len(self._probe(name).keys) for name in self._trained}
             grown = self._exploration.update()
         else:
-            parts = {name: self._part(weight) for name, weight in self.weights.items()}
+            parts = {name: self._part(weight) for name, weight in self._trained.items()}
             candidates = {name: len(part.candidates) for name, part in parts.items()}
             grown = self._move(parts, share)
-        pruned = {name: before[name] - weight.nnz + grown[name] for name, weight in self.weights.items()}
+        pruned = {name: before[name] - self.weights[name].nnz + grown[name] for name in grown}
         self.history.append(Update(self.steps + 1, share, candidates, pruned, grown))
 
     def _move(self, parts: Mapping[str, Part], share: float) -> dict[str, int]:
         """Choose the next connections and move there; how many of them are new."""
         assert self._rules.choose is not None
+        if not parts:
+            return {}
         generator = Generator().manual_seed(self._key(len(self.weights)))
         chosen = self._rules.choose(list(parts.values()), Moment(share, self.scope, self.options, generator))
         return {name: move(self.weights[name], keys, self.optimizer) for name, keys in zip(parts, chosen, strict=True)}
