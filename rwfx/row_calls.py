@@ -1,9 +1,11 @@
 """Modules whose calls have a row-sparse backward, in a model whose forward pass stays its own code.
 
-A plain ``nn.Linear`` or convolution becomes one of a class derived from its own, whose forward gives the same numbers
-and whose backward is confined to the row set of the step. All modules that hold one weight share its ``StepRows``.
+A plain ``nn.Linear`` or convolution, or a ``Conv1D`` of Hugging Face (a linear layer that stores its weight the other
+way round), becomes one of a class derived from its own, whose forward gives the same numbers and whose backward is
+confined to the row set of the step. All modules that hold one weight share its ``StepRows``.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +25,19 @@ KINDS: Mapping[Any, tuple[type[nn.Module], tuple[str, ...]]] = {F.linear: (nn.Li
 
 
 def can_be_row_sparse(module: nn.Module) -> bool:
-    """Whether its forward is that of ``nn.Linear`` or a convolution, with a weight of its own."""
-    return any(computes_as(module, *kind) for kind in KINDS.values())
+    """Whether its forward is that of ``nn.Linear``, a convolution or ``Conv1D``, with a weight of its own."""
+    return is_transposed(module) or any(computes_as(module, *kind) for kind in KINDS.values())
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is a plain ``Conv1D`` of Hugging Face: ``x @ weight + bias``."""
+    kind = _conv1d()
+    return kind is not None and computes_as(module, kind)
+
+
+def _conv1d() -> type[nn.Module] | None:
+    """That class; None where nobody has imported it, so that no module is of it."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 
 @dataclass
@@ -81,6 +94,9 @@ def _in_backward() -> bool:
 
 def _call_of(module: nn.Module, input: Any, output_size: list[int] | None = None) -> Call:
     """What the module's own forward calls; ``output_size`` is of transposed convolutions."""
+    kind = _conv1d()
+    if kind is not None and isinstance(module, kind):
+        return Call(F.linear, input, module.weight.t(), module.bias)
     target = next(target for target, (kind, _) in KINDS.items() if isinstance(module, kind))
     if target is F.linear:
         return Call(target, input, module.weight, module.bias)

@@ -19,7 +19,7 @@ from rwfx.capture.tape import MODULE, PLACE
 from rwfx.derived import Derived, derive
 from rwfx.draws import TopKSampler
 from rwfx.passes.sample_rows import SAMPLER, observed
-from rwfx.row_calls import RowSparse, StepRows, can_be_row_sparse
+from rwfx.row_calls import RowSparse, StepRows, can_be_row_sparse, is_transposed
 from rwfx.sampler import RowSampler
 from rwfx.transformed import Transformed
 from rwfx.weight_graph import WeightGraph
@@ -118,9 +118,15 @@ def read_elsewhere(gm: GraphModule, graph: WeightGraph, host: nn.Module) -> dict
         is_own = module is not None and module._parameters.get("weight") is host.get_parameter(
             graph.parameter(use.weight)
         )
-        if use.weight in graph.weights and graph.weights[use.weight].view.computed:
+        view = graph.weights[use.weight].view if use.weight in graph.weights else View()
+        if view.computed:
             found[use.weight] = "the forward pass computes a weight from it"
-        elif use.weight in graph.weights or module is None or not is_own or not can_be_row_sparse(module):
+        elif (
+            module is None
+            or not is_own
+            or not can_be_row_sparse(module)
+            or view != View(transposed=is_transposed(module))
+        ):
             found.setdefault(use.weight, f"it is read outside of its module's forward, at {about.get(PLACE)}")
     return found
 

@@ -209,6 +209,40 @@ def test_every_kind_of_call_has_the_gradient_of_the_masked_one(grad):
         assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dx", ["rows", "full"])
+def test_linear_layers_that_store_their_weight_the_other_way_round_are_row_sparse(dx):
+    transformers = pytest.importorskip("transformers")
+    size = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50, "n_positions": 16}
+    drops = {name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    config = transformers.GPT2Config(**size, **drops, bos_token_id=0, eos_token_id=0, use_cache=False)
+    model = transformers.GPT2LMHeadModel(config).double().train()
+    model.gradient_checkpointing_enable()
+    ids = torch.arange(16).view(2, 8)
+    inputs = {"input_ids": ids, "labels": ids}
+    sparse = transformed(model, inputs, rows=rwfx.Uniform({"transformer.h.*": 0.3}), dx=dx)
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in sparse.report.sparse}
+    assert len([layer for layer in layers.values() if type(layer).__name__ == "Conv1D"]) == 8
+    assert sparse.report.route == "substitution"
+    output = sparse(**inputs)
+    assert torch.equal(output.loss, model(**inputs).loss)
+    output.loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *call, rows=sparse.rows[name]: masked(call[-1], rows))
+    model(**inputs).loss.backward()
+    theirs = {name: p.grad.clone() for name, p in model.named_parameters()}
+    if dx == "full":  # of rows that are left out the weight alone has no gradient
+        last = "transformer.h.1.mlp.c_proj.weight"
+        ours, theirs = {last: ours[last]}, {last: theirs[last]}
+    assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def masked(y, rows):
+    """``y`` with a gradient that is zero outside of ``rows``."""
+    y.register_hook(lambda g: torch.zeros_like(g).index_copy(-1, rows, g.index_select(-1, rows)))
+
+
 def test_a_look_leaves_the_model_its_buffers_and_the_random_streams_as_they_were():
     model = Parts().double()
     state = copy.deepcopy(model.state_dict())
