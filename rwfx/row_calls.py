@@ -96,7 +96,8 @@ def _call_of(module: nn.Module, input: Any, output_size: list[int] | None = None
     """What the module's own forward calls; ``output_size`` is of transposed convolutions."""
     kind = _conv1d()
     if kind is not None and isinstance(module, kind):
-        return Call(F.linear, input, module.weight.t(), module.bias)
+        weight: Any = module.weight
+        return Call(F.linear, input, weight.t(), module.bias)
     target = next(target for target, (kind, _) in KINDS.items() if isinstance(module, kind))
     if target is F.linear:
         return Call(target, input, module.weight, module.bias)
