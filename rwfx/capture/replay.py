@@ -1,12 +1,13 @@
 """The replay: graphs are believed only if they give what the model gives, from the same random stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from rwfx.capture.host import scratch_copy, set_mode, untouched
@@ -15,6 +16,24 @@ from rwfx.capture.route import CaptureError, Graphs, first_lines, place_of
 from rwfx.capture.structure import Access, leaves_of
 
 Leaf = tuple[tuple[Access, ...], Any]
+
+
+class StopsAtChange(TorchFunctionMode):
+    """Fails at the call that changes ``x``."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, and look at ``x``."""
+        before = self.x.clone()
+        value = func(*args, **(kwargs or {}))
+        if not _equal([self.x], [before]):
+            raise RuntimeError("changed")
+        return value
 
 
 class Replay:
@@ -71,12 +90,13 @@ class Replay:
                 f"{first_lines(error)}"
             ) from error
         for path, now, then in before:
-            if not now.is_meta and not torch.equal(now, then):
+            if not now.is_meta and not _equal([now], [then]):
+                line = self._line_that_changes(now, given, mode)
                 now.copy_(then)
                 where = "".join(map(str, path[1:]))
                 raise ValueError(
-                    f"{type(self.model).__name__} changes its input {path[0].key}{where} in place, and a second look "
-                    "at the same example would see another one. Let the forward pass work on input.clone()."
+                    f"{type(self.model).__name__} changes its input {path[0].key}{where} in place{line}, and a second "
+                    "look at the same example would see another one. Let the forward pass work on input.clone()."
                 )
         if other := _first_other(there, list(leaves_of(given.arguments_of(self.model)))):
             name, where = other[0].key, "".join(map(str, other[1:]))
@@ -85,6 +105,17 @@ class Replay:
                 "does not. Let the forward pass put it into a container of its own, such as dict(input)."
             )
         return found
+
+    def _line_that_changes(self, x: Tensor, given: ExampleInputs, mode: bool) -> str:
+        """Where the forward pass writes to ``x``; nothing where a second run does not show it."""
+        scratch = scratch_copy(self.model)
+        set_mode(scratch, mode)
+        try:
+            with StopsAtChange(x):
+                self._run(scratch, scratch, given)
+        except Exception as error:
+            return f" in {place_of(error, scratch)}"
+        return ""
 
     def _run(self, module: nn.Module, holder: nn.Module, given: ExampleInputs) -> list[Tensor]:
         """The outputs of one call, and then the model's buffers, as ``holder`` has them after it."""
