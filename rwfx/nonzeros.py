@@ -85,16 +85,16 @@ def draw_keys(rows: int, columns: int, count: int, generator: Generator | None =
     places = rows * columns
     if count > places // 2:
         left_out = draw_keys(rows, columns, places - count, generator)
-        kept = torch.ones(places, dtype=torch.bool).index_fill_(0, left_out, False)
+        kept = torch.ones(places, dtype=torch.bool, device="cpu").index_fill_(0, left_out, False)
         return kept.nonzero().flatten()
-    keys = torch.empty(0, dtype=torch.int64)
+    keys = torch.empty(0, dtype=torch.int64, device="cpu")
     while len(keys) < count:
         missing = count - len(keys)
         # A few more than are missing: drawn places repeat. Those too many are taken out at random, which favours none.
-        more = torch.randint(places, (missing + missing // 8 + 8,), generator=generator)
+        more = torch.randint(places, (missing + missing // 8 + 8,), generator=generator, device="cpu")
         keys = torch.cat([keys, more]).unique()
     surplus = len(keys) - count
     if surplus:
-        out = torch.randperm(len(keys), generator=generator)[:surplus]
-        keys = keys[torch.ones(len(keys), dtype=torch.bool).index_fill_(0, out, False)]
+        out = torch.randperm(len(keys), generator=generator, device="cpu")[:surplus]
+        keys = keys[torch.ones(len(keys), dtype=torch.bool, device="cpu").index_fill_(0, out, False)]
     return keys

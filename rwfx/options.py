@@ -88,7 +88,7 @@ def checked_options(
 
 def common_seed() -> int:
     """One number of ``torch.manual_seed``'s stream, the same on every rank."""
-    seeds = [int(torch.randint(2**62, ()))]
+    seeds = [int(torch.randint(2**62, (), device="cpu"))]
     if distributed.is_available() and distributed.is_initialized():
         distributed.broadcast_object_list(seeds)
     return seeds[0]

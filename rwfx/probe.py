@@ -28,9 +28,9 @@ class Probe:
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
-        self.state = torch.zeros(4, dtype=torch.int64)
-        self.keys = torch.empty(0, dtype=torch.int64)
-        self.grads = torch.empty(0)
+        self.state = torch.zeros(4, dtype=torch.int64, device="cpu")
+        self.keys = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.grads = torch.empty(0, device="cpu")
 
     def __call__(self, y: Tensor, x: Tensor, weight: SparseWeight, options: Sequence[int]) -> Tensor:
         """``y``, whose backward pass fills the probe when it is due."""
@@ -48,7 +48,7 @@ class Probe:
 
     def look(self, due: bool, key: int = 0, draws: int = 0, given: int = 0) -> None:
         """Look in the next backward pass, or at none until further notice; ``given`` keys are there already."""
-        self.state.copy_(torch.tensor([DUE if due else NOT_DUE, key, draws, given]))
+        self.state.copy_(torch.tensor([DUE if due else NOT_DUE, key, draws, given], device="cpu"))
 
     @property
     def looks(self) -> bool:

@@ -68,7 +68,7 @@ class SparseWeight(nn.Module):
         self._asked_by: Asked = by
         self.probe: Probe | None = None
         self.values = nn.Parameter(values.detach().clone())
-        self.register_buffer("dense_shape", torch.tensor(self.shape))
+        self.register_buffer("dense_shape", torch.tensor(self.shape, device=values.device))
         for name, part in zip(Index._fields, index_of(keys, self.rows, self.columns), strict=True):
             self.register_buffer(name, part, persistent=name in ("ccol_indices", "row_indices"))
         self._choose()

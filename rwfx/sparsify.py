@@ -222,7 +222,9 @@ def _calls_on(
 def _roles(gm: GraphModule, captured: Capture, dense: Sequence[Where]) -> Mapping[str, frozenset[str]]:
     if not any(isinstance(place, str) and place in ROLES for place in dense):
         return {}
-    return roles_of(gm, graph_of(gm, captured, shapes_of(gm, captured)))
+    shapes = shapes_of(gm, captured)
+    with torch.device("cpu"):
+        return roles_of(gm, graph_of(gm, captured, shapes))
 
 
 def _sparse_weight(
@@ -236,7 +238,7 @@ def _sparse_weight(
         numbers = by_columns[keys]
     else:
         keys = draw_keys(rows, columns, count, generator)
-        numbers = (torch.rand(count, generator=generator) * 2 - 1) * _bounds(keys, rows)[keys % rows]
+        numbers = (torch.rand(count, generator=generator, device="cpu") * 2 - 1) * _bounds(keys, rows)[keys % rows]
     weight = SparseWeight(line.shape, keys.cpu(), numbers.cpu().to(parameter.dtype), line.transposed, by)
     device = "cpu" if parameter.is_meta else parameter.device
     weight.values.requires_grad_(parameter.requires_grad)
@@ -256,7 +258,7 @@ def _draw_bias(host: nn.Module, name: str, weight: SparseWeight, generator: Gene
     if bias is None or bias.shape != (weight.rows,) or not name.endswith("weight"):
         return
     bounds = _bounds(weight.keys().cpu(), weight.rows)
-    drawn = (torch.rand(weight.rows, generator=generator) * 2 - 1) * bounds
+    drawn = (torch.rand(weight.rows, generator=generator, device="cpu") * 2 - 1) * bounds
     drawn_bias = nn.Parameter(drawn.to(weight.values), requires_grad=bias.requires_grad)
     for alias in _names_of(host, bias):  # which may be tied
         path, _, last = alias.rpartition(".")

@@ -140,12 +140,14 @@ def transform_captured(model: nn.Module, captured: Capture, options: Options) ->
         )
     gm = normalize(GraphModule(captured.host, captured.train))
     shapes = shapes_of(gm, captured)
-    graph = graph_of(gm, captured, shapes)
-    densities = densities_of(policy.density, graph, captured.host, options.include)
-    unasked = left_out(gm, graph, captured, options.include, options.exclude, policy.density)
-    if substituted:
-        unasked = read_elsewhere(gm, graph, captured.host) | unasked
-    lines = lines_of(gm, graph, captured, unasked, grad, policy, densities, of_examples is not None, shapes)
+    # Here and below: what torch.set_default_device says is of the model's own tensors.
+    with torch.device("cpu"):
+        graph = graph_of(gm, captured, shapes)
+        densities = densities_of(policy.density, graph, captured.host, options.include)
+        unasked = left_out(gm, graph, captured, options.include, options.exclude, policy.density)
+        if substituted:
+            unasked = read_elsewhere(gm, graph, captured.host) | unasked
+        lines = lines_of(gm, graph, captured, unasked, grad, policy, densities, of_examples is not None, shapes)
     kept = [line.weight for line in lines if not line.dense_because]
     gm, example_notes = _followed(gm, captured, of_examples)
     lines = with_followers(lines, gm)
@@ -161,21 +163,26 @@ def transform_captured(model: nn.Module, captured: Capture, options: Options) ->
         native.ready()
 
     def rewritten(kept: Sequence[str]) -> tuple[GraphModule, dict[str, RowNodes], RowSampler]:
-        sampler = sampler_of(policy, graph, kept, seed, densities, options.resample_every).to(home)
+        with torch.device("cpu"):
+            sampler = sampler_of(policy, graph, kept, seed, densities, options.resample_every).to(home)
         if substituted:  # the calls are made row-sparse in the model's own modules
             return gm, {}, sampler
         sampled, nodes = sample_rows(gm, sampler)
         sparse = sparse_backward(sampled, nodes, SPARSE if mode == "sparse" else MASKED, dx=dx, grad=grad)
         if of_examples is not None:
-            sparse = sparse_examples(sparse, ExampleSampler(of_examples, seed).to(home), sampler)
+            with torch.device("cpu"):
+                of_step = ExampleSampler(of_examples, seed).to(home)
+            sparse = sparse_examples(sparse, of_step, sampler)
         return verify(read_columns(sparse), model, nodes), nodes, sampler
 
     sparse_gm, nodes, sampler = rewritten(kept)
-    lines = with_expected(with_sources(lines, sparse_gm, nodes), gm, graph, sampler)
+    with torch.device("cpu"):
+        lines = with_expected(with_sources(lines, sparse_gm, nodes), gm, graph, sampler)
     costs = options.costs_on(device.type)
     if costs is not None:
         share = 1.0 if of_examples is None else expected_fraction(of_examples)
-        lines = weigh(gm, sampler, lines, graph, shapes, costs, grad, dx, share)
+        with torch.device("cpu"):
+            lines = weigh(gm, sampler, lines, graph, shapes, costs, grad, dx, share)
         paying = [line.weight for line in lines if not line.dense_because]
         if paying != kept:
             sparse_gm, nodes, sampler = rewritten(paying)

@@ -156,7 +156,9 @@ def weight_graph(model: nn.Module, example_inputs: Any = None) -> WeightGraph:
     """
     captured = capture(model, example_inputs)
     gm = normalize(GraphModule(captured.host, captured.train))
-    return graph_of(gm, captured, shapes_of(gm, captured))
+    shapes = shapes_of(gm, captured)
+    with torch.device("cpu"):
+        return graph_of(gm, captured, shapes)
 
 
 def graph_of(gm: GraphModule, captured: Capture, shapes: Mapping[str, torch.Size] | None = None) -> WeightGraph:

@@ -503,6 +503,25 @@ def test_a_weight_that_is_frozen_later_stays_where_it_is_until_it_is_trained_aga
         assert topology.history[-1].grown["2.weight"] > 0
 
 
+@pytest.mark.parametrize("method", ["gse", "set", "snfs", "topkast"])
+def test_the_default_device_is_that_of_the_model_alone(method):
+    def trained(device):
+        torch.manual_seed(0)
+        dense = network()
+        with torch.device(device):  # tensors of ours that were made there would have no numbers
+            model = rwfx.sparsify(dense, 0.2, seed=1)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            topology = rwfx.Topology(model, optimizer, method, interval=1, schedule="constant", seed=2)
+        for step in range(2):
+            backward(model, step)
+            optimizer.step()
+            with torch.device(device):
+                topology.step()
+        return model.state_dict()
+
+    assert_close(trained("meta"), trained("cpu"), rtol=0, atol=0)
+
+
 def test_a_second_topology_with_topkast_wants_an_optimizer_of_its_own():
     model = sparsified()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -93,7 +93,7 @@ class _Explored:
         self.weight, self.probe = weight, weight.probe
         places, like = weight.rows * weight.columns, weight.values
         bound = sqrt(3 / weight.columns)
-        self.theta = (torch.rand(places, generator=generator) * 2 - 1).mul_(bound).to(like.dtype)
+        self.theta = (torch.rand(places, generator=generator, device="cpu") * 2 - 1).mul_(bound).to(like.dtype)
         self.theta[weight.keys().cpu()] = like.detach().cpu()
         count = min(max(1, int(gamma * weight.nnz)), places - weight.nnz)
         self.probe.fit(weight, count, count)

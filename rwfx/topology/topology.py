@@ -259,7 +259,8 @@ class Topology:
 
     def _key(self, number: int) -> int:
         """The key of random numbers of a weight, or of all together, in this step."""
-        return int(mix(mix(torch.tensor(self.seed), torch.tensor(number)), torch.tensor(self.steps)))
+        seed, place, step = torch.tensor([self.seed, number, self.steps], device="cpu")
+        return int(mix(mix(seed, place), step))
 
     def _share(self) -> float:
         progress = 0.0 if self.end is None else min(self.steps / self.end, 1)
