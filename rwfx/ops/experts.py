@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rwfx.ops.arguments import check_rows
-from rwfx.ops.grouped_mm import by_rows, grouped_mm, grouped_outer, weight_gradient
+from rwfx.ops.grouped_mm import by_rows, grouped_mm, weight_gradient
 from rwfx.ops.observe import observe_, record_, top_rows
 from rwfx.ops.registration import register
 
@@ -141,16 +141,16 @@ class _RowGrouped(_Grouped):
             h = h * ctx.scale.to(g.dtype)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            w_EOI = weight.transpose(1, 2)
             full = ctx.dx == "full"
-            dx = grouped_mm(g if full else h, w_EOI if full else w_EOI.index_select(1, rows), offsets)
+            dx = grouped_mm(g if full else h, (weight if full else _kept(weight, rows)).transpose(1, 2), offsets)
         if ctx.needs_input_grad[1]:
-            dw_EKI = grouped_outer(h, x, offsets)
-            num_groups, num_rows = dw_EKI.shape[0], g.shape[-1]
+            dw_EIK = weight_gradient(x, h, offsets, ctx.by_rows)
+            num_groups, num_features, num_rows = *dw_EIK.shape[:2], g.shape[-1]
             if ctx.by_rows:
-                dw = dw_EKI.new_zeros(num_groups, num_rows, x.shape[-1]).index_copy(1, rows, dw_EKI).transpose(1, 2)
+                dw = dw_EIK.new_zeros(num_groups, num_rows, num_features).transpose(1, 2)
             else:
-                dw = dw_EKI.new_zeros(num_groups, x.shape[-1], num_rows).index_copy(2, rows, dw_EKI.transpose(1, 2))
+                dw = dw_EIK.new_zeros(num_groups, num_features, num_rows)
+            dw.index_copy_(2, rows, dw_EIK)
         return _Grouped.gradients(ctx, dx, dw)
 
 
@@ -178,6 +178,13 @@ class _MaskedGrouped(_Grouped):
             # In place, which leaves it stored as the parameter is.
             dw = weight_gradient(x, h, offsets, ctx.by_rows).masked_fill_(masked_O, 0)
         return _Grouped.gradients(ctx, dx, dw)
+
+
+def _kept(weight: Tensor, rows: Tensor) -> Tensor:
+    """``weight[:, :, rows]``, gathered as the weight is stored: across that it would take several times as long."""
+    if by_rows(weight):
+        return weight.transpose(1, 2).index_select(1, rows).transpose(1, 2)
+    return weight.index_select(2, rows)
 
 
 register(_library, "row_grouped_mm", _RowGrouped)
