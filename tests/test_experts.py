@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import sizes_of_examples
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule, symbolic_trace
@@ -272,15 +273,30 @@ def test_a_row_in_every_expert_has_no_row_gradient_and_the_report_says_so():
     assert all(model.up.grad[expert].count_nonzero() for expert in range(EXPERTS))
 
 
-def test_experts_compute_with_all_examples_and_the_report_says_so():
+def test_rows_that_walks_from_the_loss_choose_are_those_of_the_backward_pass():
     model, x = experts()
-    sparse = rwfx.transform(model, 3, examples=0.4, seed=7, break_even=False, example_inputs=x)
-    notes = [note for note in sparse.report.notes if "all examples" in note]
-    assert any(note.startswith("up ") and "sorted by expert" in note for note in notes)
-    assert any(note.startswith("down ") for note in notes)
+    policy = RandomWalk(6, 0.3, start="loss")
+    sparse = rwfx.transform(model, rows=policy, examples=len(x), seed=7, break_even=False, example_inputs=x)
     loss_of(sparse(x)).backward()
-    assert {"up", "down"} <= set(sparse.rows)
+    assert {"up", "down"} <= sparse.rows.keys()
+    check(model, reference(model, x, sparse.rows), **CLOSE)
+
+
+def test_experts_compute_with_all_examples_of_which_the_dropped_ones_have_no_gradient():
+    model, x = experts()
+    sparse = rwfx.transform(model, examples=0.4, seed=7, break_even=False, example_inputs=x)
+    notes = [note for note in sparse.report.notes if "sorted by expert" in note]
+    assert [note.split()[0] for note in notes] == ["up", "down"]
     assert not any(line.leaves_examples for line in sparse.report.lines if line.weight in ("up", "down"))
+    y = sparse(x)
+    (g,) = torch.autograd.grad(loss_of(y), y, retain_graph=True)
+    loss_of(y).backward()
+    kept = torch.zeros(len(x), 1).index_fill(0, sizes_of_examples([g]).topk(6).indices, 1)
+    twin = OneByOne().double()
+    twin.load_state_dict(model.state_dict())
+    of_kept = twin(x.double())
+    loss_of(of_kept * kept + (of_kept * (1 - kept)).detach()).backward()
+    check(model, {name: p.grad for name, p in twin.named_parameters()}, **CLOSE)
 
 
 class Otherwise(Experts):
