@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from rwfx.capture import untouched
 from rwfx.label_rules import bare_name, operation_of
+from rwfx.passes.grouped_spellings import GROUPED
 from rwfx.passes.normalize import CONVOLUTIONS, weight_of
 from rwfx.passes.outputs import outputs_of
 from rwfx.passes.read_columns import POINTWISE, POINTWISE_MODULES
@@ -77,7 +78,7 @@ def follow_examples(
         node.meta[ENTRIES] = node.name in with_entries
         node.meta[TOKENS] = with_entries.get(node.name) == 2
     for node in calls:
-        if node.name in following:
+        if node.name in following and node.target is not GROUPED:
             node.meta[MARK] = True
         else:
             why = f"its leading dimensions do not hold the {unit}s one after the other"
@@ -88,6 +89,8 @@ def follow_examples(
                     "only example_inputs with two examples or more can tell where its examples are, or whether they "
                     "are mixed on the way to the outputs"
                 )
+            if node.target is GROUPED:  # by chance an example's trial may sort them so
+                why = "what it multiplies is sorted by expert"
             notes.append(f"{calls[node].name} computes with all {unit}s: {why}")
     return marked, tuple(notes)
 

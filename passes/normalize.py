@@ -1,4 +1,5 @@
-"""One spelling for one meaning: every linear call on a parameter becomes ``F.linear`` or a convolution of ``F``."""
+"""One spelling for one meaning: every linear call on a parameter becomes ``F.linear``, a convolution of ``F`` or a
+grouped product."""
 
 import copy
 from typing import Any
@@ -12,15 +13,16 @@ from torch.utils._pytree import tree_leaves
 from rwfx.computed_weights import computed_from
 from rwfx.passes import conv_spellings
 from rwfx.passes.conv_spellings import CONV_CALLS, CONV_MODULES, TRANSPOSED
+from rwfx.passes.grouped_spellings import GROUPED, GROUPED_CALLS
 from rwfx.passes.parameters import parameter_of
 from rwfx.passes.spellings import LINEAR_CALLS, LINEAR_MODULES, Call, untransposed
-from rwfx.weight_views import View, like_view, view_of
+from rwfx.weight_views import View, like_view, stack_of, view_of
 
 # The normalized calls that are convolutions, with their number of spatial dimensions.
 CONVOLUTIONS: dict[Any, int] = conv_spellings.CONVOLUTIONS | TRANSPOSED
-WEIGHTED: dict[Any, int] = {F.linear: 0} | CONVOLUTIONS
+WEIGHTED: dict[Any, int] = {F.linear: 0, GROUPED: 0} | CONVOLUTIONS
 
-CALLS = LINEAR_CALLS | CONV_CALLS
+CALLS = LINEAR_CALLS | CONV_CALLS | GROUPED_CALLS
 MODULES = LINEAR_MODULES | CONV_MODULES
 
 
@@ -31,9 +33,9 @@ def normalize(gm: GraphModule) -> GraphModule:
     (``rwfx.weight_views``): of ``x @ w`` it is ``w.t()``; or be computed from one (``rwfx.computed_weights``), as that
     of a convolution may. A convolution is ``F.conv2d(x, weight, bias, stride, padding, dilation, groups)`` or
     ``F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)``, with lists of numbers.
-    Each spelling ends in the same kernel, so the outputs stay the same bit for bit. What does more than its class
-    (hooks, a forward of its own, a parametrization that is called as a whole) and what has a symbolic option is left as
-    it is.
+    A grouped product is ``rwfx::grouped_mm(x, weight, offsets, by)``, with all matrices of a parameter. Each spelling
+    ends in the same kernel, so the outputs stay the same bit for bit. What does more than its class (hooks, a forward
+    of its own, a parametrization that is called as a whole) and what has a symbolic option is left as it is.
     """
     graph = copy.deepcopy(gm.graph)
     for node in list(graph.nodes):
@@ -66,8 +68,8 @@ def weight_of(gm: GraphModule, node: Node) -> nn.Parameter | None:
 def weighted(gm: GraphModule, node: Node) -> tuple[nn.Parameter, View] | None:
     """That parameter, and which view of it the weight is.
 
-    The weight's rows are its first dimension: ``(O, I)``, or ``(O, I / groups, *kernel)`` of a convolution. A
-    transposed convolution's are not: ``(I, O / groups, *kernel)``.
+    The weight's rows are its first dimension: ``(O, I)``, ``(O, I / groups, *kernel)`` of a convolution, or
+    ``(O, I, E)`` of a grouped product. A transposed convolution's are not: ``(I, O / groups, *kernel)``.
     """
     if node.op != "call_function" or node.target not in WEIGHTED or len(node.args) < 2:
         return None
@@ -90,7 +92,8 @@ def _meaning(gm: GraphModule, node: Node) -> Call | None:
         module = gm.get_submodule(str(node.target))
         spelling = next((MODULES[kind] for kind in type(module).__mro__ if kind in MODULES), None)
     else:
-        spelling = CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
+        known = CALLS.get(node.target) or CALLS.get(str(node.target))
+        spelling = known if node.op in ("call_function", "call_method") else None
     call = spelling(gm, node) if spelling else None
     if call is None:
         return None
@@ -111,6 +114,8 @@ def _weight(
             return found
         # A bias of another shape is broadcast: its entries are not those of the rows.
         return found if vector[1].shape == found[1].of(found[0]).shape[:1] else None
+    if target is GROUPED:
+        return stack_of(gm, node)
     parameter, view = parameter_of(gm, node), View()
     if parameter is None:
         parameter, view = computed_from(gm, node), View(computed=True)

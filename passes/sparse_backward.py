@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 import rwfx.ops  # noqa: F401  defines the operators named below
 from rwfx.passes.conv_spellings import TRANSPOSED
+from rwfx.passes.grouped_spellings import GROUPED
 from rwfx.passes.kept_rows import kept_rows
 from rwfx.passes.normalize import CONVOLUTIONS
 from rwfx.passes.sample_rows import RowNodes
@@ -18,12 +19,16 @@ from rwfx.passes.weights import weights_of
 # Which operator computes the backward of a call on rows alone, and which masks a dense one. The two tables are
 # the list of what can be sparse: to support one more call is to write its operators and add its line.
 Rules = Mapping[Any, torch._ops.OpOverload]
-SPARSE: Rules = {F.linear: torch.ops.rwfx.row_linear.default} | dict.fromkeys(
-    CONVOLUTIONS, torch.ops.rwfx.row_conv.default
-)
-MASKED: Rules = {F.linear: torch.ops.rwfx.masked_linear.default} | dict.fromkeys(
-    CONVOLUTIONS, torch.ops.rwfx.masked_conv.default
-)
+SPARSE: Rules = {
+    F.linear: torch.ops.rwfx.row_linear.default,
+    GROUPED: torch.ops.rwfx.row_grouped_mm.default,
+    **dict.fromkeys(CONVOLUTIONS, torch.ops.rwfx.row_conv.default),
+}
+MASKED: Rules = {
+    F.linear: torch.ops.rwfx.masked_linear.default,
+    GROUPED: torch.ops.rwfx.masked_grouped_mm.default,
+    **dict.fromkeys(CONVOLUTIONS, torch.ops.rwfx.masked_conv.default),
+}
 
 
 def sparse_backward(
@@ -71,7 +76,7 @@ def on_rows(call: Node, rows: Node) -> tuple[Any, ...]:
 
 
 def operands_on_rows(target: Any, operands: Sequence[Any], rows: Any) -> tuple[Any, ...]:
-    """The same of the call ``target(*operands)``."""
+    """The same of the call ``target(*operands)``; of a grouped product its offsets are in the place of a bias."""
     options: list[Any]
     x, weight, bias, *options = (*operands, *[None] * (3 - len(operands)))
     if target in TRANSPOSED:

@@ -22,7 +22,7 @@ class Call(NamedTuple):
     target: Callable[..., Any]
     x: Any
     weight: Any  # a node, or the name of a parameter
-    bias: Any = None
+    bias: Any = None  # of a grouped product, which has none, where its groups end
     options: tuple[Any, ...] = ()
     pad: tuple[Any, ...] | None = None
     transpose: bool = False  # ``weight.t()`` in place of ``weight``

@@ -4,20 +4,45 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from rwfx.passes.conv_spellings import TRANSPOSED
+from rwfx.passes.grouped_spellings import GROUPED
 from rwfx.passes.normalize import CONVOLUTIONS
 from rwfx.passes.parameters import parameter_of
 
 
-def places_of(call: Node, shapes: Mapping[str, torch.Size] | None) -> int | None:
+def places_of(call: Node, shapes: Mapping[str, torch.Size] | None) -> float | None:
     """How many places of an example a call multiplies its weight with: 1, or those of a convolution's output (of a
-    transposed one's input); None where that is not known."""
+    transposed one's input), or of a grouped product the share of its matrices; None where that is not known."""
+    if call.target is GROUPED:
+        return None if shapes is None else _lines_of_each(call, shapes) / shapes[_operand(call, 1)][0]
     if call.target not in CONVOLUTIONS:
         return 1
     at: Any = call.args[0] if call.target in TRANSPOSED else call
     return None if shapes is None else shapes[at.name][-CONVOLUTIONS[call.target] :].numel()
+
+
+def _lines_of_each(call: Node, shapes: Mapping[str, torch.Size]) -> float:
+    """How many lines of a grouped product there are for each of the last linear call before it: experts of a token."""
+    seen, queue = set(), [call.args[0]]
+    for at in queue:
+        if not isinstance(at, Node) or at in seen:
+            continue
+        seen.add(at)
+        if at.target is GROUPED:
+            return _lines_of_each(at, shapes) * shapes[_operand(call, 0)][0] / shapes[_operand(at, 0)][0]
+        if at.target is F.linear:
+            return shapes[_operand(call, 0)][0] / max(1, shapes[at.name][:-1].numel())
+        queue += at.all_input_nodes
+    return 1
+
+
+def _operand(call: Node, place: int) -> str:
+    operand = call.args[place]
+    assert isinstance(operand, Node)
+    return operand.name
 
 
 def needs_gradient(gm: GraphModule, node: Any) -> bool:

@@ -15,6 +15,7 @@ from rwfx.break_even import Candidate, CostModel
 from rwfx.call_cost import needs_gradient, places_of
 from rwfx.capture import Capture
 from rwfx.passes.follow_examples import MARK
+from rwfx.passes.grouped_spellings import GROUPED
 from rwfx.passes.normalize import CONVOLUTIONS, weight_of
 from rwfx.passes.read_columns import ROW_LINEAR
 from rwfx.passes.sample_rows import RowNodes
@@ -217,8 +218,8 @@ def weigh(
 
     ``sampler`` is what draws the rows of the weights of ``lines`` where all of them are row-sparse, and the lines have
     what is expected of it; ``gm``, ``graph`` and ``shapes`` are of the model before that. ``examples`` is the share of
-    the batch that takes part in the backward of the calls that leave examples out. A convolution whose shapes are not
-    known is not weighed.
+    the batch that takes part in the backward of the calls that leave examples out. A convolution or a grouped product
+    whose shapes are not known is not weighed.
     """
     calls = {node.name: node for node in gm.graph.nodes}
     candidates = []
@@ -251,6 +252,7 @@ def weigh(
 
 
 def _batch(use: WeightUse, call: Node, shapes: Mapping[str, torch.Size]) -> int:
-    """How many places of all examples it multiplies its weight with."""
+    """How many places of all examples it multiplies its weight with; of a grouped product, the lines of a group."""
     at: Any = call.args[0] if use.transposed else call
-    return shapes[at.name].numel() // (len(use.feature_map) if use.transposed else use.rows)
+    places = shapes[at.name].numel() // (len(use.feature_map) if use.transposed else use.rows)
+    return places // use.kernel if call.target is GROUPED else places

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
@@ -91,7 +90,7 @@ class LabelRun(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A call of a function: on a weight, or by its rule."""
         weight = self.weights.get(self.node)
-        if weight is not None and target is not F.linear:
+        if weight is not None and target in CONVOLUTIONS:
             return self.convolution(args[0], weight.name, weight.of(self.gm), target, args[3:])
         if weight is not None:
             return self.linear(args[0], weight.name, weight.of(self.gm).shape)
@@ -158,8 +157,11 @@ class LabelRun(fx.Interpreter):
         return (value if isinstance(value, Tensor) else value[0]).shape
 
     def linear(self, x: Labels | Everywhere, weight: str, shape: torch.Size) -> Labels:
-        """A linear call: the ids of its input are its feature map, its output has ids of its own."""
-        rows, features = shape
+        """A linear call: the ids of its input are its feature map, its output has ids of its own.
+
+        In a grouped product they are so for every group, of which the weight's last dimension has the number.
+        """
+        rows, features = shape[:2]
         if isinstance(x, Everywhere):
             feature_map = torch.full((features,), x.id)
             self.widths[self.node.all_input_nodes[0].name] = features
@@ -168,7 +170,7 @@ class LabelRun(fx.Interpreter):
             self.check_width(x.ids, features)
             feature_map = self.features_of(x.ids, x.ids.dim() - 1)
             lead = x.ids.shape[:-1]
-        ids = self.register.use(weight, rows, feature_map)
+        ids = self.register.use(weight, rows, feature_map, kernel=shape[2:].numel())
         return Labels(ids.expand(*lead, len(ids)))
 
     def convolution(

@@ -25,7 +25,8 @@ class Line:
     costs: Costs | None = None  # predicted; None: nothing was
     leaves_examples: bool = False  # whether its calls compute their backward with the kept examples alone
     # At how many places of an example a call multiplies the weight: a convolution at those of its output, or of its
-    # input if transposed, on average over its calls; None: only example inputs would tell.
+    # input if transposed, on average over its calls; a token goes to some experts, a share of a grouped product's
+    # weight. None: only example inputs would tell.
     places: float | None = 1
     expected: float | None = None  # how many rows a step is expected to keep; None: nothing is drawn for it
     itemsize: int = 4  # bytes of one number
@@ -106,9 +107,9 @@ class Report:
         Per call on a weight ``(O, I)`` with K rows kept: forward ``2 B O I``; backward ``2 B K I`` for the
         weight and, where the input needs a gradient, ``2 B K C`` for it, with C the columns of it that are read: I, or
         the rows kept of the weight that produces it (with ``dx="full"`` it is ``2 B O I``). A masked backward computes
-        what the dense one does. A convolution does that at every place of its output; where their number is not known,
-        it counts as one. Before the first draw, K is what is expected. In the backward of a call that leaves examples
-        out, B is the share of the batch that the last step kept.
+        what the dense one does. A convolution does that at every place of its output, a grouped product with a share of
+        its weight; where that is not known, it counts as one. Before the first draw, K is what is expected. In the
+        backward of a call that leaves examples out, B is the share of the batch that the last step kept.
         """
         kept_examples, of_examples = self.examples or (1, 1)
         forward = backward = dense = 0.0
@@ -179,7 +180,9 @@ class Report:
         )
         text.append(f"bytes of these weights' gradients: {gradients:,} of {of_dense:,}")
         if any(line.places is None for line in self.lines):
-            text.append("of a convolution, at one place of its output: example_inputs would tell how many there are")
+            text.append(
+                "of a convolution, at one place of its output, and of experts, with all: example_inputs would tell more"
+            )
         if self.sparse and not drawn:
             text.append("no training step yet: rows as expected")
         if self.example_policy is not None:

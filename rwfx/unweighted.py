@@ -18,7 +18,7 @@ _COMPUTED = "the forward pass computes a weight from it"
 _HOOKED = "its module has hooks, so that it is called as it is"
 
 # Also as operators of ATen, which they stay on what is no parameter.
-_WEIGHTED = {bare_name(call) for call in (F.linear, *CONVOLUTIONS)}
+_WEIGHTED = {bare_name(call) for call in (F.linear, F.grouped_mm, *CONVOLUTIONS)}
 _BY_OPERATION = {
     **dict.fromkeys(("embedding", "embedding_bag"), _LOOKED_UP),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _RECURRENT),

@@ -1,10 +1,10 @@
-"""Which part of a parameter a weight is: all of it, its transpose, some of its rows, one matrix of a stack.
+"""Which part of a parameter a weight is: all of it, its transpose, some of its rows, one or all matrices of a stack.
 
 The weight ``(O, I)`` of a linear call need not be a parameter as it is stored: Hugging Face's ``Conv1D`` multiplies
-with a transpose, attention with parts of a packed weight, experts with one matrix of many. Each such *view* is a weight
-of its own, with a name such as ``in_proj_weight[0:64]`` and rows and a row set of its own, so that with a density every
-part has as many rows in every step. It is found by taking the view of a tensor without data and reading where its
-numbers lie.
+with a transpose, attention with parts of a packed weight, experts with one matrix of many, or with all of them in a
+grouped product. Each such *view* is a weight of its own, with a name such as ``in_proj_weight[0:64]`` and rows and a
+row set of its own, so that with a density every part has as many rows in every step. It is found by taking the view of
+a tensor without data and reading where its numbers lie.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +22,8 @@ from rwfx.passes.parameters import parameter_of
 class View(NamedTuple):
     """``p[index]``, or ``p`` itself; ``transposed`` of it the transpose; of that the rows ``first`` to ``last``.
 
+    ``stacked``: all matrices of a parameter ``(E, O, I)``, ``transposed`` of ``(E, I, O)``, as ``(O, I, E)``: a row
+    lies in every one of them, as that of a convolution in every place of its kernel.
     ``computed``: the weight is an image of that (``rwfx.computed_weights``), which stands for it where walks look.
     """
 
@@ -29,6 +31,7 @@ class View(NamedTuple):
     transposed: bool = False
     part: tuple[int, int] | None = None
     computed: bool = False
+    stacked: bool = False
 
     def of(self, parameter: Tensor) -> Tensor:
         """The weight, or what it is an image of; it shares the parameter's memory."""
@@ -46,7 +49,7 @@ class View(NamedTuple):
     @property
     def has_rows(self) -> bool:
         """Whether the weight's rows are rows of the parameter, its first dimension."""
-        return self.index is None and not self.transposed and not self.computed
+        return self.index is None and not (self.transposed or self.computed or self.stacked)
 
     def name(self, parameter: str) -> str:
         """The weight as one would write it: ``"w"``, ``"w[0:64]"``, of a transpose ``"w"`` and ``"w[:, 0:64]"``."""
@@ -58,7 +61,9 @@ class View(NamedTuple):
     def _steps(self) -> Iterator[tuple[Any, ...]]:
         if self.index is not None:
             yield torch.select, 0, self.index
-        if self.transposed:
+        if self.stacked:
+            yield torch.permute, (2, 1, 0) if self.transposed else (1, 2, 0)
+        elif self.transposed:
             yield (torch.t,)
         if self.part is not None:
             yield torch.narrow, 0, self.part[0], self.part[1] - self.part[0]
@@ -85,6 +90,17 @@ def view_of(gm: GraphModule, node: Any, transpose: bool = False) -> tuple[nn.Par
     if first + rows > size:  # of several matrices of a stack
         return None
     return parameter, View(stack, transposed, None if rows == size else (first, first + rows))
+
+
+def stack_of(gm: GraphModule, node: Any) -> tuple[nn.Parameter, View] | None:
+    """The parameter that a node is as the matrices ``(E, I, O)`` of a grouped product, and how; None for any other."""
+    if (found := like_view(gm, node)) is None or found[0].dim() != 3:
+        return None
+    parameter, weight_EIO = found
+    for view, whole in ((View(transposed=True, stacked=True), parameter), (View(stacked=True), parameter.mT)):
+        if (weight_EIO.shape, weight_EIO.stride()) == (whole.shape, whole.stride()):
+            return parameter, view
+    return None
 
 
 def rows_of(gm: GraphModule, node: Any) -> tuple[nn.Parameter, range] | None:

@@ -83,6 +83,10 @@ SPELLINGS = {
     "transposed": (lambda x, w: x @ w, {"shape": (4, 5), "dim": 1}),
     "addmm": (lambda x, w: torch.addmm(x[:, :1], x, w), {"shape": (4, 5), "dim": 1}),
     "attention": (lambda x, w: attention(w, x), {"shape": (12, 4), "inputs": (3, 2, 4)}),
+    "experts": (
+        lambda x, w: F.grouped_mm(x.float(), w.float(), offs=torch.tensor([3, 7], dtype=torch.int32)),
+        {"shape": (2, 4, 8), "dim": 2},
+    ),
     "conv2d": (F.conv2d, {"shape": (5, 4, 2, 2), "inputs": (2, 4, 3, 3)}),
     "grouped": (lambda x, w: F.conv1d(x, w, groups=2), {"shape": (6, 2, 2), "inputs": (2, 4, 3)}),
     "conv_transpose2d": (F.conv_transpose2d, {"shape": (4, 5, 2, 2), "inputs": (2, 4, 3, 3), "dim": 1}),

@@ -7,7 +7,8 @@ def register(library: torch.library.Library, name: str, function: type[torch.aut
     """Make ``function`` the implementation of ``rwfx::name``, which ``library`` has defined.
 
     Autocast hands its type to the operator, as the argument ``dtype``, instead of casting what it is given: so a
-    weight's gradient is cast on its rows alone. Double precision it leaves alone.
+    weight's gradient is cast on its rows alone. Double precision it leaves alone. An operator without that argument is
+    called as it is.
     """
     op = getattr(torch.ops.rwfx, name).default
 
@@ -17,6 +18,8 @@ def register(library: torch.library.Library, name: str, function: type[torch.aut
 
     library.impl(name, function.apply, "Autograd")
     library.impl(name, without_gradient, "CompositeExplicitAutograd")
+    if all(argument.name != "dtype" for argument in op._schema.arguments):
+        return
     for device, key in {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}.items():
         library.impl(name, _in_autocast(op, device), key)
 

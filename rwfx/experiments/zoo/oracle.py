@@ -132,6 +132,7 @@ def _addmm(bias: Any, a: Any, b: Any, **options: Any) -> tuple[Any, int]:
 TRANSPOSED = {F.conv_transpose1d: -2, F.conv_transpose2d: -3, F.conv_transpose3d: -4}
 CALLS: dict[Any, Callable[..., tuple[Any, int]]] = {
     F.linear: _weighted(-1),
+    torch._grouped_mm: _weighted(-1),  # type: ignore[attr-defined]  what F.grouped_mm calls
     F.conv1d: _weighted(-2),
     F.conv2d: _weighted(-3),
     F.conv3d: _weighted(-4),
