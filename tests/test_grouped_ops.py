@@ -78,6 +78,18 @@ def test_the_dense_product_has_the_gradients_of_its_matrices(stored):
     assert ours[1].stride() == p.stride()
 
 
+@STORED
+def test_the_dense_product_of_pytorch_has_its_gradients(stored):
+    x, p = operands(stored, torch.float32, (LINES, 16, 24))
+    y = grouped_mm(x, matrices(p, stored), OFFSETS, "grouped_mm")
+    upstream = torch.ones(()).expand_as(y)  # which PyTorch's own backward pass would refuse
+    ours = torch.autograd.grad(y, (x, p), upstream)
+    for a, e in zip(ours, torch.autograd.grad(dense(x, matrices(p, stored)), (x, p), upstream), strict=True):
+        assert_close(a, e)
+    assert not ours[0][OFFSETS[-1] :].any()
+    assert ours[1].stride() == p.stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", [grouped_mm, row_grouped_mm, masked_grouped_mm])
 @STORED
@@ -94,7 +106,7 @@ def test_opcheck(stored):
     x, p = operands(stored)
     w, rows = matrices(p, stored), torch.tensor([0, 3, 4])
     torch.library.opcheck(torch.ops.rwfx.grouped_mm.default, (x, w, OFFSETS, "mm"))
-    torch.library.opcheck(torch.ops.rwfx.grouped_outer.default, (x.detach(), x.detach(), OFFSETS))
+    torch.library.opcheck(torch.ops.rwfx.grouped_outer.default, (x.detach(), x.detach(), OFFSETS, "mm"))
     for op in (torch.ops.rwfx.row_grouped_mm.default, torch.ops.rwfx.masked_grouped_mm.default):
         torch.library.opcheck(op, (x, w, OFFSETS, rows, "mm"))
 

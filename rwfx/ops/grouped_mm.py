@@ -15,7 +15,7 @@ from torch import Tensor
 
 _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define("grouped_mm(Tensor x, Tensor weight, Tensor offsets, str by) -> Tensor")
-_library.define("grouped_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor")
+_library.define("grouped_outer(Tensor a, Tensor b, Tensor offsets, str by) -> Tensor")
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, by: str = "mm") -> Tensor:
@@ -25,24 +25,25 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, by: str = "mm") -> Te
         x: ``(S, I)``.
         weight: ``(E, I, O)``, stored either way: it may be the transpose of a parameter ``(E, O, I)``.
         offsets: ``(E,)`` int32 or int64, never falling: where each group ends. What lies behind the last one is in no
-            group: its gradient is zero.
-        by: which product gives the numbers: ``"mm"``, group by group, or ``"grouped_mm"``, that of ``F``.
+            group: the product there is nobody's, and its gradient is zero.
+        by: which product gives the numbers, here and in the backward pass: ``"mm"``, group by group, or
+            ``"grouped_mm"``, that of ``F``, which wants features in multiples of 16 bytes.
     """
     return torch.ops.rwfx.grouped_mm.default(x, weight, offsets, by)
 
 
-def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, by: str = "mm") -> Tensor:
     """``(E, K, I)``: for each group the sum over its lines of ``a[s].T @ b[s]``.
 
     Args:
-        a: ``(S, K)``.    b: ``(S, I)``.    offsets: as of ``grouped_mm``.
+        a: ``(S, K)``.    b: ``(S, I)``.    offsets, by: as of ``grouped_mm``.
     """
-    return torch.ops.rwfx.grouped_outer.default(a, b, offsets)
+    return torch.ops.rwfx.grouped_outer.default(a, b, offsets, by)
 
 
-def weight_gradient(x: Tensor, g: Tensor, offsets: Tensor, by_rows: bool) -> Tensor:
+def weight_gradient(x: Tensor, g: Tensor, offsets: Tensor, by_rows: bool, by: str = "mm") -> Tensor:
     """``(E, I, O)``, of ``grouped_mm`` with the output gradient ``g``; ``by_rows``: stored as ``(E, O, I)``."""
-    return grouped_outer(g, x, offsets).transpose(1, 2) if by_rows else grouped_outer(x, g, offsets)
+    return grouped_outer(g, x, offsets, by).transpose(1, 2) if by_rows else grouped_outer(x, g, offsets, by)
 
 
 def by_rows(weight: Tensor) -> bool:
@@ -59,7 +60,9 @@ def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, by: str) -> Tensor:
     return y
 
 
-def _grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, by: str) -> Tensor:
+    if by == "grouped_mm":
+        return F.grouped_mm(a.t(), b, offs=offsets).contiguous()
     found = a.new_zeros(offsets.shape[0], a.shape[1], b.shape[1])
     for group, lines in _groups(offsets):
         torch.mm(a[lines].t(), b[lines], out=found[group])
@@ -85,22 +88,25 @@ def _(x, weight, offsets, by):
 
 
 @torch.library.register_fake("rwfx::grouped_outer", lib=_library)
-def _(a, b, offsets):
+def _(a, b, offsets, by):
     return a.new_empty((offsets.shape[0], a.shape[1], b.shape[1]))
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, offsets, _ = inputs
+    x, weight, offsets, ctx.by = inputs
     ctx.save_for_backward(x, weight, offsets)
 
 
 def _backward(ctx, g):
     x, weight, offsets = ctx.saved_tensors
+    g = g.contiguous()
     dx = dw = None
     if ctx.needs_input_grad[0]:
-        dx = grouped_mm(g, weight.transpose(1, 2), offsets)
+        dx = grouped_mm(g, weight.transpose(1, 2), offsets, ctx.by)
+        in_no_group = torch.arange(len(x), device=x.device) >= offsets[-1]
+        dx = dx.masked_fill(in_no_group[:, None], 0)
     if ctx.needs_input_grad[1]:
-        dw = weight_gradient(x, g, offsets, by_rows(weight))
+        dw = weight_gradient(x, g, offsets, by_rows(weight), ctx.by)
     return dx, dw, None, None
 
 
