@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 
 import torch.nn.functional as F
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from rwfx.passes.normalize import weighted
@@ -36,12 +37,11 @@ def sparse_weights(gm: GraphModule, host_of: Mapping[str, str]) -> GraphModule:
     return GraphModule(gm, graph)
 
 
-def why_not_sparse(gm: GraphModule, parameter: str, readers: Readers) -> str | None:
-    """Why a parameter of a normalized graph, of which ``readers`` are, cannot be stored as its non-zeros; None: it can.
+def why_not_sparse(gm: GraphModule, own: nn.Parameter, readers: Readers) -> str | None:
+    """Why a parameter of the model of a normalized graph cannot be stored as its non-zeros; None: it can.
 
-    ``readers``: ``rwfx.readers.readers_of(gm)``.
+    ``readers``: ``rwfx.readers.readers_of(gm)``. A graph has not those parameters that it does not read.
     """
-    own = gm.get_parameter(parameter)
     reads = {node: weighted(gm, node) for node in readers.get(own, ())}
     calls = {node: found[1] for node, found in reads.items() if found is not None and found[0] is own}
     if not calls:
@@ -57,9 +57,8 @@ def why_not_sparse(gm: GraphModule, parameter: str, readers: Readers) -> str | N
     return f"{left[0]} reads it too" if left else None
 
 
-def is_transposed(gm: GraphModule, parameter: str, readers: Readers) -> bool:
+def is_transposed(gm: GraphModule, own: nn.Parameter, readers: Readers) -> bool:
     """Whether the calls on a parameter of a normalized graph read its transpose."""
-    own = gm.get_parameter(parameter)
     found = [weighted(gm, node) for node in readers.get(own, ())]
     return any(of is not None and of[0] is own and of[1].transposed for of in found)
 

@@ -221,7 +221,8 @@ def bare_name(operation: Any) -> str:
         operation = operation._schema.name.rpartition("::")[2]
     name = operation if isinstance(operation, str) else getattr(operation, "__name__", str(operation))
     name = name.strip("_")
-    return name if name in RULES else name.removeprefix("i")
+    in_place = name.removeprefix("i")
+    return in_place if name not in RULES and in_place in RULES else name
 
 
 def operation_of(module: nn.Module) -> str:

@@ -187,25 +187,23 @@ def _lines(gms: Sequence[GraphModule], captured: Capture, dense: Sequence[Where]
     readers = [readers_of(gm) for gm in gms]
     lines = []
     for name, shape in shapes.items():
+        own = host.get_parameter(name)
         reason = 'asked for with "dense="' if name in unwanted else None
-        reason = reason or next(filter(None, map(why_not_sparse, gms, repeat(name), readers)), None)
-        transposed = not reason and is_transposed(gms[0], name, readers[0])
+        reason = reason or next(filter(None, map(why_not_sparse, gms, repeat(own), readers)), None)
+        transposed = not reason and is_transposed(gms[0], own, readers[0])
         stored = tuple(reversed(shape)) if transposed else tuple(shape)
         if not reason:
             check_size(stored[0], prod(stored[1:]), name)
         lines.append(
-            SparsityLine(
-                name, stored, reason or "", transposed=transposed, **_calls_on(gms[0], name, readers[0], sizes)
-            )
+            SparsityLine(name, stored, reason or "", transposed=transposed, **_calls_on(gms[0], own, readers[0], sizes))
         )
     return tuple(lines)
 
 
 def _calls_on(
-    gm: GraphModule, parameter: str, readers: Readers, sizes: Mapping[str, torch.Size] | None
+    gm: GraphModule, own: nn.Parameter, readers: Readers, sizes: Mapping[str, torch.Size] | None
 ) -> dict[str, Any]:
     """What a line says of the calls on a parameter."""
-    own = gm.get_parameter(parameter)
     calls = [n for n in readers.get(own, ()) if (found := weighted(gm, n)) is not None and found[0] is own]
     places = [
         # Tokens are places of an example, where it is known that there are any.

@@ -271,7 +271,8 @@ def _followed(
     if of_examples is None:
         return gm, ()
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    inputs = None if captured.inputs is None else captured.inputs.in_order(placeholders)
+    is_meta = any(p.is_meta for p in gm.parameters())  # a trial needs numbers
+    inputs = None if captured.inputs is None or is_meta else captured.inputs.in_order(placeholders)
     marked, notes = follow_examples(gm, inputs, of_examples.unit)
     if not any(node.meta.get(MARK) for node in marked.graph.nodes):
         raise ValueError(

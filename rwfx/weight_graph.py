@@ -14,8 +14,6 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
     unset_fake_temporarily,
@@ -218,8 +216,11 @@ def shapes_of(gm: GraphModule, captured: Capture) -> dict[str, torch.Size] | Non
     try:
         with untouched(captured.host), mode:
             Shapes(gm).run(*fake)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        # A module that is called as a whole decides by numbers, as a parametrization may.
+    except RuntimeError:
+        # A module that is called as a whole decides by numbers, as a parametrization may; or an operator computes in a
+        # type that it refuses where there are no data.
+        if any(p.is_meta for p in captured.host.parameters()):
+            raise
         with untouched(captured.host):
             Shapes(gm).run(*given)
     return shapes

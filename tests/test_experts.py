@@ -308,10 +308,12 @@ class Otherwise(Experts):
         return F.grouped_mm(x, weight[:, :, :WIDTH], offs=offsets)
 
 
-def test_what_is_no_call_on_a_whole_stack_stays_dense_with_the_reason():
-    model, x = Otherwise(), torch.randn(X, dtype=torch.bfloat16)
+# PyTorch multiplies groups in float32, but not where it looks at shapes alone.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_no_call_on_a_whole_stack_stays_dense_with_the_reason(dtype):
+    model, x = Otherwise(), torch.randn(X, dtype=dtype)
     model.down = nn.Parameter(torch.randn(EXPERTS, INNER, 2 * WIDTH))
-    sparse = rwfx.transform(model.bfloat16(), 3, break_even=False, example_inputs=x)
+    sparse = rwfx.transform(model.to(dtype), 3, break_even=False, example_inputs=x)
     assert {"encode.weight", "head.weight"} <= set(sparse.rows)
     assert "grouped_mm multiplies with it as several matrices" in sparse.report.dense["down"]
     assert "grouped_mm multiplies with it" in sparse.report.dense["down"]

@@ -190,3 +190,10 @@ class Normed(nn.Module):
 def test_what_goes_through_a_functional_batch_norm_is_left_out_as_well():
     sparse = rwfx.transform(Normed(), examples=0.5, break_even=False, example_inputs=torch.randn(6, 6))
     assert sparse.notes == ()
+
+
+def test_a_model_on_the_meta_device_is_not_tried():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to("meta")
+    x = torch.randn(4, 8, device="meta")
+    sparse = rwfx.transform(model, examples=0.5, density=0.5, break_even=False, example_inputs=x)
+    assert "all rows of the kept examples" in str(sparse.report)

@@ -156,6 +156,25 @@ def test_equal_seeds_draw_equal_models():
     assert not torch.equal(a.sparse_weights["fc.weight"].keys(), c.sparse_weights["fc.weight"].keys())
 
 
+@pytest.mark.parametrize("inputs", [None, torch.ones(2, 4)], ids=["traced", "with inputs"])
+def test_a_part_that_the_forward_pass_does_not_use_stays_dense(inputs):
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Unused()
+    sparse = rwfx.sparsify(model, 0.5, example_inputs=inputs)
+    assert set(sparse.sparse_weights) == {"used.weight"}
+    assert "no linear call" in next(x for x in sparse.report.lines if x.weight == "unused.weight").dense_because
+    dense = rwfx.densify(sparse)
+    assert torch.equal(dense.state_dict()["unused.weight"], model.unused.weight)
+    Unused().load_state_dict(dense.state_dict())
+
+
 def test_named_weights_stay_dense():
     sparse = rwfx.sparsify(Mixed(), 0.1, dense=["head", nn.Conv2d, lambda name, module: name == "other_way"])
     assert set(sparse.sparse_weights) == {"line.weight", "fc.weight", "twice.weight"}

@@ -64,6 +64,9 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
             topology.load_state_dict({**before, "settings": {**before["settings"], name: other}})
     with pytest.raises(ValueError, match="Load the model's state_dict first"):
         topology.load_state_dict({**before, "weights": {n: [1, 2, 3] for n in before["weights"]}})
+    for name in before:
+        with pytest.raises(ValueError, match=f"no state_dict of a Topology: it has no '{name}'"):
+            topology.load_state_dict({key: value for key, value in before.items() if key != name})
     with pytest.raises(ValueError, match="no state_dict of a Topology: it has no 'settings', 'weights', 'seed'"):
         topology.load_state_dict({})
     assert_equal(topology.state_dict(), before)

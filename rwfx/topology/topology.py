@@ -186,7 +186,7 @@ class Topology:
             ValueError: it is of a topology with other settings, or of a model with other non-zeros; nothing has changed
                 then.
         """
-        lacking = [name for name in ("settings", "weights", "seed", "steps", "history") if name not in state]
+        lacking = [name for name in self.state_dict() if name not in state]
         if lacking:
             raise ValueError(f"this is no state_dict of a Topology: it has no {', '.join(map(repr, lacking))}.")
         for name, own in self.settings.items():
@@ -199,7 +199,7 @@ class Topology:
         if state["weights"] != own:
             raise ValueError(
                 f"the state is of a model with the weights and non-zeros {state['weights']}, and this one has {own}. "
-                "Load the model's state_dict first."
+                "Load the model's state_dict first, and freeze what was trained at first after Topology is made."
             )
         self.seed, self.steps = state["seed"], state["steps"]
         self.history = [Update(**update) for update in state["history"]]
