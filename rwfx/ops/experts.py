@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwfx.ops.arguments import check_rows
 from rwfx.ops.grouped_mm import by_rows, grouped_mm, weight_gradient
-from rwfx.ops.observe import observe_, record_, top_rows
+from rwfx.ops.observe import rows_of_step
 from rwfx.ops.registration import register
 
 _library = torch.library.Library("rwfx", "FRAGMENT")
@@ -115,16 +115,7 @@ class _Grouped(torch.autograd.Function):
         """The row set: ``ctx.rows``, unless it is chosen here."""
         if torch.is_grad_enabled():
             raise RuntimeError("rwfx::row_grouped_mm has no second derivative: leave create_graph=True out.")
-        rows, size_O = ctx.rows, None
-        if ctx.seen is not None and ctx.seen_all:
-            observe_(ctx.seen, g)
-            size_O = ctx.seen
-        if ctx.chosen is not None:
-            rows = top_rows(g if size_O is None else size_O, rows.shape[0])
-            record_(ctx.chosen, rows)
-        if ctx.seen is not None and not ctx.seen_all:
-            observe_(ctx.seen, g, rows)
-        return rows
+        return rows_of_step(g, ctx.rows, ctx.seen, ctx.seen_all, ctx.chosen)
 
     @staticmethod
     def gradients(ctx, dx, dw):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rwfx.ops.arguments import check_examples, check_rows
 from rwfx.ops.inductor import let_inductor_compare_sparse
-from rwfx.ops.observe import observe_, record_, top_rows
+from rwfx.ops.observe import rows_of_step
 from rwfx.ops.registration import register
 from rwfx.ops.row_gradient import pack_rows, row_gradient, take_rows
 
@@ -237,16 +237,7 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("rwfx::row_linear has no second derivative: leave create_graph=True out.")
         g_BO = _Linear.kept(ctx, g)
-        size_O = None
-        if ctx.seen is not None and ctx.seen_all:
-            observe_(ctx.seen, g_BO)
-            size_O = ctx.seen
-        if ctx.chosen is not None:
-            rows = top_rows(g_BO if size_O is None else size_O, rows.shape[0])
-            record_(ctx.chosen, rows)
-        if ctx.seen is not None and not ctx.seen_all:
-            observe_(ctx.seen, g_BO, rows)
-        return g_BO, rows
+        return g_BO, rows_of_step(g_BO, rows, ctx.seen, ctx.seen_all, ctx.chosen)
 
     @staticmethod
     def kept(ctx, x):

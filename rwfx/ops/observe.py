@@ -53,6 +53,23 @@ def record_(chosen: Tensor, rows: Tensor) -> None:
     torch.ops.rwfx.record_.default(chosen, rows)
 
 
+def rows_of_step(g_BO: Tensor, rows: Tensor, seen: Tensor | None, seen_all: bool, chosen: Tensor | None) -> Tensor:
+    """The row set of a backward pass with the output gradient ``g_BO``: ``rows``, or as many chosen here.
+
+    ``seen`` gets the magnitudes of all rows, or of the row set alone; ``chosen`` the rows that were chosen.
+    """
+    size_O = None
+    if seen is not None and seen_all:
+        observe_(seen, g_BO)
+        size_O = seen
+    if chosen is not None:
+        rows = top_rows(g_BO if size_O is None else size_O, rows.shape[0])
+        record_(chosen, rows)
+    if seen is not None and not seen_all:
+        observe_(seen, g_BO, rows)
+    return rows
+
+
 def _observe(seen: Tensor, g: Tensor, rows: Tensor | None = None) -> None:
     g_BO = g.reshape(-1, g.shape[-1])
     if rows is None:

@@ -28,6 +28,9 @@ from rwfx.topology.ranks import agree_on_mean, agreed
 from rwfx.topology.schedules import DECAYS
 from rwfx.topology.topkast import Exploration, check_unexplored
 
+STATE = "settings", "weights", "seed", "steps", "history", "momentum", "exploration"
+"""What a ``state_dict`` of a topology holds."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -186,7 +189,7 @@ class Topology:
             ValueError: it is of a topology with other settings, or of a model with other non-zeros; nothing has changed
                 then.
         """
-        lacking = [name for name in self.state_dict() if name not in state]
+        lacking = [name for name in STATE if name not in state]
         if lacking:
             raise ValueError(f"this is no state_dict of a Topology: it has no {', '.join(map(repr, lacking))}.")
         for name, own in self.settings.items():
