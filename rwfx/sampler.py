@@ -106,7 +106,7 @@ class RowSampler(KeepsTypes):
     def sampler_state(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on with the same draws."""
         found = {name: self._buffer(name).detach().cpu().clone() for name in ("state", "last", *self.remembered)}
-        return {"policy": torch.tensor(self.fingerprint), **found}
+        return {"policy": torch.tensor(self.fingerprint, device="cpu"), **found}
 
     def load_sampler_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where ``sampler_state`` was taken.
@@ -148,10 +148,10 @@ class RowSampler(KeepsTypes):
         """
         if not self._scheduled:
             return None
-        sizes = torch.tensor(self.sizes)
+        sizes, least = (torch.tensor(numbers, device="cpu") for numbers in (self.sizes, self._least))
         density = torch.stack([density_at(of, self.state[1]) for of in self._densities])
-        counts = (density * sizes * (1 - ROUNDING)).ceil().long().maximum(torch.tensor(self._least)).minimum(sizes)
-        walks = WALKS_A_ROW * counts.amax() if num_paths is None else torch.tensor(num_paths)
+        counts = (density * sizes * (1 - ROUNDING)).ceil().long().maximum(least).minimum(sizes)
+        walks = WALKS_A_ROW * counts.amax() if num_paths is None else torch.tensor(num_paths, device="cpu")
         return torch.cat([torch.where((counts == sizes).all(), 0, walks)[None], counts])
 
     def _could_draw(self, last: Tensor) -> bool:

@@ -75,9 +75,10 @@ class Steps:
 
     def __call__(self, step: Any) -> Tensor:
         """The density of ``step``."""
-        density = torch.as_tensor(self.start, dtype=torch.float64)
+        step = _tensor(step)
+        density = torch.full_like(step, self.start, dtype=torch.float64)
         for since, later in sorted(self.then.items()):
-            density = torch.where(torch.as_tensor(step) >= since, later, density)
+            density = torch.where(step >= since, later, density)
         return density
 
 
@@ -94,7 +95,7 @@ class DenseFirst:
 
     def __call__(self, step: Any) -> Tensor:
         """The density of ``step``."""
-        step = torch.as_tensor(step)
+        step = _tensor(step)
         return torch.where(step < self.steps, 1.0, density_at(self.density, (step - self.steps).clamp(min=0)))
 
 
@@ -111,14 +112,14 @@ class DenseEvery:
 
     def __call__(self, step: Any) -> Tensor:
         """The density of ``step``."""
-        step = torch.as_tensor(step)
+        step = _tensor(step)
         return torch.where(step % self.steps == 0, 1.0, density_at(self.density, step))
 
 
 def density_at(density: "float | Schedule", step: Any) -> Tensor:
-    """The density that a number or a schedule gives at ``step``, a float64 tensor without dimensions."""
+    """The density that a number or a schedule gives at ``step``: a float64 tensor without dimensions, on its device."""
     at_step = density(step) if callable(density) else density
-    return torch.as_tensor(at_step, dtype=torch.float64).reshape(())
+    return torch.as_tensor(at_step, dtype=torch.float64, device=_tensor(step).device).reshape(())
 
 
 def check_density(name: str, density: Any) -> None:
@@ -150,4 +151,9 @@ def check_density(name: str, density: Any) -> None:
 
 
 def _share(step: Any, over: int) -> Tensor:
-    return (torch.as_tensor(step, dtype=torch.float64) / over).clamp(max=1)
+    return (_tensor(step).double() / over).clamp(max=1)
+
+
+def _tensor(step: Any) -> Tensor:
+    """``step`` where it is: ``torch.as_tensor`` would move a tensor to what ``torch.set_default_device`` says."""
+    return step if isinstance(step, Tensor) else torch.tensor(step, device="cpu")

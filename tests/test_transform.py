@@ -201,15 +201,26 @@ def test_equal_seeds_draw_equal_rows_and_leave_the_global_stream_alone():
 
 
 @pytest.mark.parametrize(
-    "policy", [rwfx.RandomWalk(3), rwfx.TopK(0.3), rwfx.AdaptiveWalk(3), rwfx.Uniform(0.3)], ids=str
+    "policy",
+    [
+        rwfx.RandomWalk(3),
+        rwfx.TopK(0.3),
+        rwfx.AdaptiveWalk(3),
+        rwfx.Uniform(0.3),
+        rwfx.RandomWalk(density=rwfx.schedules.Steps(0.3, {1: 0.5})),
+        rwfx.TopK(rwfx.schedules.DenseFirst(1, rwfx.schedules.Linear(0.3, 0.5, 2))),
+    ],
+    ids=str,
 )
 def test_the_default_device_is_that_of_the_model_alone(policy):
     def trained(device):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))
+        model, x = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), torch.ones(4, 6)
         with torch.device(device):  # tensors of ours that were made there would have no numbers
             sparse = rwfx.transform(model, rows=policy, examples=0.5, break_even=False, seed=1)
-        sparse(torch.ones(4, 6)).square().sum().backward()
+            for _ in range(2):
+                sparse(x).square().sum().backward()
+            sparse.load_sampler_state(sparse.sampler_state())
         return sparse.rows, {name: p.grad for name, p in model.named_parameters()}
 
     assert_close(trained("meta"), trained("cpu"), rtol=0, atol=0)

@@ -175,11 +175,15 @@ def _on_groups(
     conv: Convolution, g_BK: Tensor, x: Tensor, w_KI: Tensor, rows: Tensor, num_rows: int, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """The same, as a convolution of the groups that hold a row."""
-    group_K = rows // (num_rows // conv.groups)
-    hit_H, nth_K, count_H = group_K.unique_consecutive(return_inverse=True, return_counts=True)
-    num_hit, most = len(hit_H), int(count_H.max())
-    first_H = count_H.cumsum(0) - count_H
-    at_K = nth_K * most + torch.arange(len(rows), device=rows.device) - first_H[nth_K]
+    at_K = torch.arange(len(rows), device=rows.device)
+    if num_rows == conv.groups:  # depthwise: a group is a row, and nothing has to be read back from a GPU
+        hit_H, most = rows, 1
+    else:
+        group_K = rows // (num_rows // conv.groups)
+        hit_H, nth_K, count_H = group_K.unique_consecutive(return_inverse=True, return_counts=True)
+        most = int(count_H.max())
+        at_K = nth_K * most + at_K - (count_H.cumsum(0) - count_H)[nth_K]
+    num_hit = len(hit_H)
 
     def by_group(w: Tensor, of: int) -> Tensor:
         """From ``(H * M, I)`` to ``(H * I, M)`` or back, as transposed convolutions have it."""

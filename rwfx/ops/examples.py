@@ -179,7 +179,7 @@ def _draw_by_size(size: Tensor, count: int, state: Tensor, floor: float = 0.0) -
     chance_B = inclusion_probabilities(size_B, count)
     places = torch.arange(len(size_B), device=size.device)
     order_B = bits(key, _ORDER, places).argsort()
-    u = uniform(key, torch.tensor(_ORDER + 1, device=size.device), places[:1]).squeeze(0)
+    u = uniform(key, places.new_full((), _ORDER + 1), places[:1]).squeeze(0)
     drawn = systematic(chance_B, order_B, u, count)
     return drawn, chance_B[drawn].float()
 
@@ -204,7 +204,8 @@ def _blank_examples(needed: Tensor, num_examples: int, count: int, fractions: li
         fraction = next((f for f in fractions if f >= wanted), fractions[-1])
         count = max(1, math.ceil(fraction * num_examples * (1 - 1e-9)))
     blank = torch.full((count,), -1, dtype=torch.int64, device=needed.device)
-    return blank, torch.tensor([count, num_examples], device=needed.device)
+    # Filled in: a copy from the CPU is waited for, and no CUDA graph can hold it.
+    return blank, torch.cat([blank.new_full((1,), number) for number in (count, num_examples)])
 
 
 _library.impl("blank_examples", _blank_examples, "CompositeExplicitAutograd")

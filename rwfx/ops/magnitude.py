@@ -91,19 +91,23 @@ def _(weights, chances, order, state, last, power, refresh, exactly, budget, res
 
 
 def inclusion_probabilities(size_O: Tensor, count: int) -> Tensor:
-    """``min(1, c * size)`` with ``c`` such that they add up to ``count``; equal ones where no size is above zero."""
+    """``min(1, c * size)`` with ``c`` such that they add up to ``count``; equal ones where no size is above zero.
+
+    Nothing is read back from the device.
+    """
+    if count >= len(size_O):
+        return torch.ones_like(size_O)
     size_O = torch.where(size_O.isfinite() & (size_O > 0), size_O, 0.0)
     # A row that no size draws still takes part where the others are too few.
-    size_O = size_O.clamp(min=float(size_O.max()) * 1e-9 or 1.0)
+    least = size_O.max() * 1e-9
+    size_O = size_O.maximum(torch.where(least > 0, least, 1.0))
     sorted_O = size_O.sort(descending=True).values
     # With the m largest at 1, the others share count - m in proportion: the smallest m for which none is above 1.
     rest_O = sorted_O.flip(0).cumsum(0).flip(0)
     fixed_O = torch.arange(len(size_O), device=size_O.device)
     fits = sorted_O * (count - fixed_O) <= rest_O
-    fixed = int(fits.to(torch.int8).argmax()) if count < len(size_O) else len(size_O)
-    if fixed == len(size_O):
-        return torch.ones_like(size_O)
-    return (size_O * ((count - fixed) / rest_O[fixed])).clamp(max=1)
+    fixed = fits.to(torch.int8).argmax(keepdim=True)
+    return (size_O * ((count - fixed) / rest_O.index_select(0, fixed))).clamp(max=1)
 
 
 def systematic(p_O: Tensor, order_O: Tensor, u: Tensor, count: int) -> Tensor:

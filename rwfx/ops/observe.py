@@ -89,7 +89,7 @@ def _top_rows(g: Tensor, count: int) -> Tensor:
 
 def _record(chosen: Tensor, rows: Tensor) -> None:
     chosen.zero_()
-    chosen[0] = len(rows)
+    chosen[:1].fill_(len(rows))  # not chosen[0] = K, a copy from the CPU that a GPU's step would wait for
     chosen[1 : len(rows) + 1] = rows
 
 

@@ -79,8 +79,8 @@ def _forward(x, values, bias, ccol_indices, row_indices, crow_indices, col_indic
         return F.linear(x, W, None if bias is None else bias.to(x.dtype)).contiguous()
     y_BO = _csr_product(crow_indices, col_indices, values[order], columns, x.reshape(-1, columns))
     if bias is not None:
-        y_BO = y_BO + bias.to(x.dtype)
-    return y_BO.reshape(*x.shape[:-1], rows).contiguous()
+        y_BO = y_BO + bias.to(y_BO.dtype)
+    return y_BO.to(x.dtype).reshape(*x.shape[:-1], rows).contiguous()
 
 
 def _backward(g, x, values, ccol_indices, row_indices, crow_indices, needs_dx, needs_dv, by="nonzeros"):
@@ -91,7 +91,7 @@ def _backward(g, x, values, ccol_indices, row_indices, crow_indices, needs_dx, n
         if by == "dense":
             dx = g_BO @ dense_weight(values.to(g.dtype), ccol_indices, row_indices, rows)
         else:
-            dx = _csr_product(ccol_indices, row_indices, values, rows, g_BO)
+            dx = _csr_product(ccol_indices, row_indices, values, rows, g_BO).to(g.dtype)
         dx = dx.reshape(x.shape).contiguous()
     if needs_dv:
         dv = _sampled_product(ccol_indices, row_indices, x_BI, g_BO, by).to(values.dtype)
@@ -99,13 +99,14 @@ def _backward(g, x, values, ccol_indices, row_indices, crow_indices, needs_dx, n
 
 
 def _csr_product(starts: Tensor, places: Tensor, values: Tensor, width: int, x_BI: Tensor) -> Tensor:
-    """``x @ M.T`` of a matrix in CSR, which has ``width`` columns."""
+    """``x @ M.T`` of a matrix in CSR, which has ``width`` columns, in float32 at least where CSR is had."""
     if not _has_csr(x_BI):
         M = dense_weight(values.to(x_BI.dtype), starts, places, width).t()  # CSR is CSC of the transpose
         return x_BI @ M.t()
     dtype = _csr_dtype(x_BI.dtype)
     M = _csr(starts, places, values.to(dtype), width)
-    return torch.sparse.mm(M, x_BI.t().to(dtype)).t().to(x_BI.dtype)
+    with _as_given(x_BI):
+        return torch.sparse.mm(M, x_BI.t().to(dtype)).t()
 
 
 def _sampled_product(ccol_indices: Tensor, row_indices: Tensor, x_BI: Tensor, g_BO: Tensor, by: str) -> Tensor:
@@ -114,7 +115,13 @@ def _sampled_product(ccol_indices: Tensor, row_indices: Tensor, x_BI: Tensor, g_
     dtype = _csr_dtype(x_BI.dtype)
     nothing = x_BI.new_zeros(len(row_indices), dtype=dtype)
     pattern = _csr(ccol_indices, row_indices, nothing, g_BO.shape[1])
-    return torch.sparse.sampled_addmm(pattern, x_BI.t().to(dtype), g_BO.to(dtype), beta=0.0).values()
+    with _as_given(x_BI):
+        return torch.sparse.sampled_addmm(pattern, x_BI.t().to(dtype), g_BO.to(dtype), beta=0.0).values()
+
+
+def _as_given(x: Tensor) -> torch.amp.autocast:
+    """Without autocast, which a backward pass may be run in: CSR products are not to be had in its types."""
+    return torch.amp.autocast(x.device.type, enabled=False)
 
 
 def _csr(starts: Tensor, places: Tensor, values: Tensor, width: int) -> Tensor:

@@ -146,8 +146,9 @@ def walk(
     parts = first_R.split(sizes)
     rows = [_of_priority(*of, num_paths, key) for of in zip(parts, exactly, streams, strict=True)]
     numbered = [part + first for part, first in zip(rows, accumulate(sizes, initial=0), strict=False)]
-    bounds = _constant(tuple(accumulate(exactly, initial=0)), last.device)
-    next_ = torch.cat([bounds, *numbered, last.new_zeros(sum(sizes) - sum(exactly))])
+    # Filled in, not copied from the CPU, which would be waited for and which no CUDA graph can hold.
+    bounds = [last.new_full((1,), bound) for bound in accumulate(exactly, initial=0)]
+    next_ = torch.cat([*bounds, *numbered, last.new_zeros(sum(sizes) - sum(exactly))])
     if again is not None:
         next_ = torch.where(again, last, next_)
     rows = next_[len(sizes) + 1 :].split([*exactly, sum(sizes) - sum(exactly)])
@@ -353,11 +354,6 @@ def read_last(last: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     ends = last[: len(sizes) + 1].tolist()
     parts = last[len(sizes) + 1 :][: ends[-1]].split([b - a for a, b in pairwise(ends)])
     return [part - first for part, first in zip(parts, accumulate(sizes, initial=0), strict=False)]
-
-
-@lru_cache(maxsize=64)
-def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, device=device)
 
 
 torch.library.impl("rwfx::walk", "default", walk)
