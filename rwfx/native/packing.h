@@ -80,15 +80,15 @@ struct Examples {
   T* data;
   int64_t batch, down, across, places;
 
-  // The features from `begin` to `end` of a tile, whose first is at `tile_data`.
-  void pack(int64_t tile, int64_t begin, int64_t end, T* tile_data) const {
+  // The features from `begin` to `end` of a tile; `packed` is where the first of them lies.
+  void pack(int64_t tile, int64_t begin, int64_t end, T* packed) const {
     each_strip(tile, begin, end, [&](T* at, const Strip& strip, int64_t offset) {
-      pack_strip(at, strip, tile_data + offset, places * LANES<T>);
+      pack_strip(at, strip, packed + offset, places * LANES<T>);
     });
   }
-  void unpack(int64_t tile, int64_t begin, int64_t end, const T* tile_data) const {
+  void unpack(int64_t tile, int64_t begin, int64_t end, const T* packed) const {
     each_strip(tile, begin, end, [&](T* at, const Strip& strip, int64_t offset) {
-      unpack_strip(tile_data + offset, places * LANES<T>, strip, at);
+      unpack_strip(packed + offset, places * LANES<T>, strip, at);
     });
   }
 
@@ -101,7 +101,7 @@ struct Examples {
       for (int64_t p = 0; p < places; ++p) {
         const int64_t first = (tile * places + p) * L;
         const Strip strip{std::clamp<int64_t>(batch - first, 0, L), down, std::min(end - i, TOGETHER), across};
-        f(data + (strip.lanes ? first * down + i * across : 0), strip, (i * places + p) * L);
+        f(data + (strip.lanes ? first * down + i * across : 0), strip, ((i - begin) * places + p) * L);
       }
     }
   }
@@ -116,18 +116,18 @@ struct Images {
   int64_t strides[4];
   int64_t above, left;
 
-  void pack(int64_t tile, int64_t begin, int64_t end, T* tile_data) const {
+  void pack(int64_t tile, int64_t begin, int64_t end, T* packed) const {
     const int64_t plane = (height + 2 * above) * (width + 2 * left) * LANES<T>;
     if (above || left) {
-      std::fill(tile_data + begin * plane, tile_data + end * plane, T(0));
+      std::fill(packed, packed + (end - begin) * plane, T(0));
     }
     each_strip(tile, begin, end, [&](T* at, const Strip& strip, int64_t offset) {
-      pack_strip(at, strip, tile_data + offset, LANES<T>);
+      pack_strip(at, strip, packed + offset, LANES<T>);
     });
   }
-  void unpack(int64_t tile, int64_t begin, int64_t end, const T* tile_data) const {
+  void unpack(int64_t tile, int64_t begin, int64_t end, const T* packed) const {
     each_strip(tile, begin, end, [&](T* at, const Strip& strip, int64_t offset) {
-      unpack_strip(tile_data + offset, LANES<T>, strip, at);
+      unpack_strip(packed + offset, LANES<T>, strip, at);
     });
   }
 
@@ -142,7 +142,7 @@ struct Images {
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t h = 0; h < lines; ++h) {
         T* at = data + (lanes ? tile * L * strides[0] + c * strides[1] + h * strides[2] : 0);
-        f(at, {lanes, strides[0], items, strides[3]}, ((c * (height + 2 * above) + h + above) * line + left) * L);
+        f(at, {lanes, strides[0], items, strides[3]}, (((c - begin) * (height + 2 * above) + h + above) * line + left) * L);
       }
     }
   }

@@ -28,9 +28,8 @@ using at::IntArrayRef;
 using at::Tensor;
 using std::optional;
 
-// Vectors of examples in a tile of a linear layer's batch, and bytes of a tile, in and out: more would crowd the input
-// out of the cache.
-constexpr int64_t MOST_VECTORS = 16, MOST_BYTES = 1 << 24;
+// Vectors of examples in a tile of a linear layer's batch.
+constexpr int64_t MOST_VECTORS = 16;
 
 Places places_of(const Tensor& ccol, const Tensor& row, const Tensor& crow, const Tensor& col, const Tensor& order) {
   const auto data = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<int32_t>() : nullptr; };
@@ -57,10 +56,11 @@ at::ScalarType type_for(const Tensor& x) {
 
 // ---- The plans.
 
+// `gathered` are the features that are read in no order: the columns, or in the backward pass the rows.
 template <class T>
-Plan linear_plan(int64_t batch, int64_t columns, int64_t rows) {
+Plan linear_plan(int64_t batch, int64_t columns, int64_t rows, int64_t gathered) {
   const int64_t vectors = std::max<int64_t>(1, (batch + LANES<T> - 1) / LANES<T>);
-  const int64_t most = std::clamp<int64_t>(MOST_BYTES / ((columns + rows) * VECTOR_BYTES), 1, MOST_VECTORS);
+  const int64_t most = std::clamp<int64_t>(MOST_BYTES / (std::max<int64_t>(1, gathered) * VECTOR_BYTES), 1, MOST_VECTORS);
   const int64_t tiles = (vectors + most - 1) / most;
   const int64_t places = (vectors + tiles - 1) / tiles;
   Plan plan{tiles, columns, rows, 1, places, places, 1, true, {}, {}};
@@ -219,7 +219,7 @@ Tensor sparse_linear(
   const Tensor y = at::empty({x_BI.size(0), rows}, x_BI.options());
   AT_DISPATCH_FLOATING_TYPES(type_for(x), "rwfx::sparse_linear", [&] {
     using T = scalar_t;
-    const Plan plan = linear_plan<T>(x_BI.size(0), columns, rows);
+    const Plan plan = linear_plan<T>(x_BI.size(0), columns, rows, columns);
     multiply<T>(
         plan, places_of(ccol, row, crow, col, order), values, bias, examples<T>(x_BI, plan), examples<T>(y, plan));
   });
@@ -247,7 +247,7 @@ std::tuple<Tensor, Tensor> sparse_linear_backward(
   } else if (needs_dx || needs_dv) {
     AT_DISPATCH_FLOATING_TYPES(type, "rwfx::sparse_linear_backward", [&] {
       using T = scalar_t;
-      const Plan plan = linear_plan<T>(x_BI.size(0), columns, rows);
+      const Plan plan = linear_plan<T>(x_BI.size(0), columns, rows, rows);
       dv = multiply_back<T>(
           plan, places_of(ccol, row, crow, {}, {}), values, examples<T>(x_BI, plan), examples<T>(g_BO, plan),
           examples<T>(dx, plan), needs_dx, needs_dv);

@@ -35,8 +35,13 @@ namespace rwfx {
 // Vectors that one non-zero serves: as many as there are registers to add up in, or of a linear layer more. Its input is
 // larger than the nearest caches, and to come by it less often is worth a few sums that are kept in memory.
 constexpr int BLOCK = 8, WIDE_BLOCK = 16;
-// How many non-zeros before its turn a block of a linear layer is fetched.
-constexpr int32_t AHEAD = 5;
+// Bytes of a linear layer's input, or in the backward pass of the output's gradient, that are packed at once.
+constexpr int64_t MOST_BYTES = 1 << 23;
+// How many features of a linear layer are packed or handed on at once on the other side, which is passed in order.
+constexpr int64_t PIECE = 64;
+// How many vectors before its turn a block of a linear layer is fetched: what is on its way at once, in lines of a cache,
+// is the same for blocks of all sizes.
+constexpr int32_t AHEAD = 160;
 
 template <int NUMBER, class T>
 void fetch(const T* block) {
@@ -126,7 +131,8 @@ struct Block {
   }
 };
 
-// y[o] = bias[o] + sum over the row of values * x, for a block and the rows from `begin` to `end`. `values` are by rows.
+// y[o] = bias[o] + sum over the row of values * x, for a block and the rows from `begin`, which lies at `y`, to `end`.
+// `values` are by rows.
 template <class T, int NUMBER, bool CONTIGUOUS>
 void forward_block(
     const Plan& plan, const Places& at, const T* values, const T* bias, const T* x, T* y, int64_t first,
@@ -144,25 +150,26 @@ void forward_block(
     for (int32_t n = at.crow[o]; n < at.crow[o + 1]; ++n) {
       const T value = values[n];
       const int64_t offset = in_offset[at.col[n]] + group;
-      if (plan.each_once && n + AHEAD < nnz) {
-        fetch<NUMBER>(block.at(0, in_offset[at.col[n + AHEAD]]));
+      if (plan.each_once && n + AHEAD / NUMBER < nnz) {
+        fetch<NUMBER>(block.at(0, in_offset[at.col[n + AHEAD / NUMBER]]));
       }
       for (int i = 0; i < NUMBER; ++i) {
         sum[i] += value * load(block.at(i, offset));
       }
     }
-    T* to = y + (o * plan.out_places + first) * L;
+    T* to = y + ((o - begin) * plan.out_places + first) * L;
     for (int i = 0; i < NUMBER; ++i) {
       store(to + i * L, sum[i]);
     }
   }
 }
 
-// dx += values * g and dv += sum of g * x, for a block and the columns from `begin` to `end`.
+// dx += values * g and dv += sum of g * x, for a block and the columns from `begin` to `end`; what column `origin` reads
+// of the first group lies at `x` and `dx`.
 template <class T, int NUMBER, bool CONTIGUOUS, bool DX, bool DV>
 void backward_block(
     const Plan& plan, const Places& at, const T* values, const T* x, const T* g, T* dx, T* dv, int64_t first,
-    int64_t begin, int64_t end) {
+    int64_t origin, int64_t begin, int64_t end) {
   constexpr int64_t L = LANES<T>;
   const Block<const T, NUMBER, CONTIGUOUS> x_block(plan, x, first);
   const Block<T, NUMBER, CONTIGUOUS> dx_block(plan, dx, DX ? first : 0);
@@ -175,7 +182,7 @@ void backward_block(
     do {
       // Sorted by rows, those of a group lie together.
       const int64_t group = plan.groups == 1 || n == last ? 0 : at.row[n] / per_group;
-      const int64_t offset = plan.in_offset[j] + group * group_offset<T>(plan);
+      const int64_t offset = plan.in_offset[j] - plan.in_offset[origin] + group * group_offset<T>(plan);
       const int64_t bound = (group + 1) * per_group;
       Vector<T> in[NUMBER], to[NUMBER];
       for (int i = 0; i < NUMBER; ++i) {
@@ -189,8 +196,8 @@ void backward_block(
       for (; n < last && at.row[n] < bound; ++n) {
         const T value = DX ? values[n] : T(0);
         const T* from = g + at.row[n] * g_row;
-        if (plan.each_once && n + AHEAD < nnz) {
-          fetch<NUMBER>(g + at.row[n + AHEAD] * g_row);
+        if (plan.each_once && n + AHEAD / NUMBER < nnz) {
+          fetch<NUMBER>(g + at.row[n + AHEAD / NUMBER] * g_row);
         }
         Vector<T> sum[2] = {Vector<T>{}, Vector<T>{}};
         for (int i = 0; i < NUMBER; ++i) {
@@ -285,9 +292,12 @@ class Scratch {
   T* data_;
 };
 
-// Whether threads take tiles each for itself: else they share every tile's rows or columns.
-inline bool by_tiles(const Plan& plan) {
-  return plan.tiles >= 2 * at::get_num_threads();
+// Whether threads take tiles each for itself: else they share every tile's rows or columns. A linear layer's tiles, of
+// `size` numbers each, are read in no order, and those of all threads shall fit where one may.
+template <class T>
+bool by_tiles(const Plan& plan, int64_t size) {
+  const int64_t threads = at::get_num_threads(), bytes = threads * size * static_cast<int64_t>(sizeof(T));
+  return plan.tiles >= 2 * threads && (!plan.each_once || bytes <= MOST_BYTES);
 }
 
 // Calls f(first channel, last channel) in parallel.
@@ -312,10 +322,24 @@ template <class T>
   });
 }
 
+// The same, handed on to a batch; `y` has room for as many rows as are handed on at once.
+template <class T, class Out>
+void forward_rows(
+    const Plan& plan, const Places& at, const T* values, const T* bias, const T* x, T* y, const Out& out, int64_t tile,
+    int64_t begin, int64_t end) {
+  const int64_t step = plan.each_once ? PIECE : std::max<int64_t>(1, end - begin);
+  for (int64_t o = begin; o < end; o += step) {
+    const int64_t last = std::min(end, o + step);
+    forward_tile<T>(plan, at, values, bias, x, y, o, last);
+    out.unpack(tile, o, last, y);
+  }
+}
+
 // y = W x + bias; `in` and `out` are batches of packing.h.
 template <class T, class In, class Out>
 void forward(const Plan& plan, const Places& at, const T* values, const T* bias, const In& in, const Out& out) {
   const int64_t threads = at::get_num_threads(), nnz = at.crow[plan.rows];
+  const int64_t x_size = in_tile<T>(plan), row = plan.out_places * LANES<T>;
   // By rows, once: every tile reads them one after the other then.
   const std::unique_ptr<T[]> by_rows(new T[nnz]);
   at::parallel_for(0, nnz, 1 << 14, [&](int64_t from, int64_t to) {
@@ -324,34 +348,37 @@ void forward(const Plan& plan, const Places& at, const T* values, const T* bias,
     }
   });
   values = by_rows.get();
-  if (by_tiles(plan)) {
+  if (by_tiles<T>(plan, x_size)) {
     at::parallel_for(0, plan.tiles, 1, [&](int64_t from, int64_t to) {
-      Scratch<T> scratch(in_tile<T>(plan) + out_tile<T>(plan));
-      T *x = scratch.data(), *y = x + in_tile<T>(plan);
+      Scratch<T> scratch(x_size + (plan.each_once ? PIECE : plan.rows) * row);
+      T *x = scratch.data(), *y = x + x_size;
       for (int64_t t = from; t < to; ++t) {
         in.pack(t, 0, plan.channels, x);
-        forward_tile<T>(plan, at, values, bias, x, y, 0, plan.rows);
-        out.unpack(t, 0, plan.rows, y);
+        forward_rows<T>(plan, at, values, bias, x, y, out, t, 0, plan.rows);
       }
     });
     return;
   }
-  Scratch<T> scratch(in_tile<T>(plan) + out_tile<T>(plan));
-  T *x = scratch.data(), *y = x + in_tile<T>(plan);
+  Scratch<T> scratch(x_size + (plan.each_once ? threads * PIECE : plan.rows) * row);
+  T *x = scratch.data(), *y = x + x_size;
   const std::vector<int64_t> bounds = shares(at.crow, plan.rows, 1, threads);
   for (int64_t t = 0; t < plan.tiles; ++t) {
-    for_channels<T>(plan.channels, plan.in_places, [&](int64_t begin, int64_t end) { in.pack(t, begin, end, x); });
+    for_channels<T>(plan.channels, plan.in_places, [&](int64_t begin, int64_t end) {
+      in.pack(t, begin, end, x + begin * plan.in_places * LANES<T>);
+    });
     at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-      forward_tile<T>(plan, at, values, bias, x, y, bounds[from], bounds[to]);
-      out.unpack(t, bounds[from], bounds[to], y);
+      for (int64_t k = from; k < to; ++k) {
+        T* own = y + (plan.each_once ? k * PIECE : bounds[k]) * row;
+        forward_rows<T>(plan, at, values, bias, x, own, out, t, bounds[k], bounds[k + 1]);
+      }
     });
   }
 }
 
 template <class T, bool DX, bool DV>
 [[gnu::noinline]] void backward_tile(
-    const Plan& plan, const Places& at, const T* values, const T* x, const T* g, T* dx, T* dv, int64_t begin,
-    int64_t end) {
+    const Plan& plan, const Places& at, const T* values, const T* x, const T* g, T* dx, T* dv, int64_t origin,
+    int64_t begin, int64_t end) {
   // A channel's columns one after the other, so that its input and its gradient stay near.
   const int64_t step = std::max<int64_t>(1, plan.kernel > 1 ? plan.kernel : end - begin);
   for (int64_t j = begin; j < end; j += step) {
@@ -359,8 +386,26 @@ template <class T, bool DX, bool DV>
       constexpr int NUMBER = decltype(number)::value;
       const auto block = is_contiguous<T, NUMBER>(plan, first) ? backward_block<T, NUMBER, true, DX, DV>
                                                                : backward_block<T, NUMBER, false, DX, DV>;
-      block(plan, at, values, x, g, dx, dv, first, j, std::min(end, j + step));
+      block(plan, at, values, x, g, dx, dv, first, origin, j, std::min(end, j + step));
     });
+  }
+}
+
+// The same of a linear layer, whose input is packed and whose input's gradient is handed on as the columns are passed;
+// `x` and `dx` have room for PIECE columns.
+template <class T, bool DX, bool DV, class In, class Out>
+void backward_columns(
+    const Plan& plan, const Places& at, const T* values, const In& in, T* x, const T* g, T* dx, const Out& out, T* dv,
+    int64_t tile, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; j += PIECE) {
+    const int64_t last = std::min(end, j + PIECE);
+    if constexpr (DV) {
+      in.pack(tile, j, last, x);
+    }
+    backward_tile<T, DX, DV>(plan, at, values, x, g, dx, dv, j, j, last);
+    if constexpr (DX) {
+      out.unpack(tile, j, last, dx);
+    }
   }
 }
 
@@ -369,23 +414,31 @@ template <class T, bool DX, bool DV, class In, class Grad, class Out>
 void backward(
     const Plan& plan, const Places& at, const T* values, const In& in, const Grad& grad, const Out& out, T* dv) {
   const int64_t threads = at::get_num_threads(), columns = plan.columns(), nnz = at.ccol[columns];
-  const int64_t x_size = in_tile<T>(plan), g_size = out_tile<T>(plan), dx_size = DX ? x_size : 0;
-  if (by_tiles(plan)) {
+  const int64_t channel = plan.in_places * LANES<T>, g_size = out_tile<T>(plan);
+  if (by_tiles<T>(plan, g_size)) {
+    const int64_t x_size = (plan.each_once ? PIECE : plan.channels) * channel;
     std::vector<std::vector<T>> sums(DV ? threads : 0);
     at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-      Scratch<T> scratch(x_size + g_size + dx_size);
-      T *x = scratch.data(), *g = x + x_size, *dx = DX ? g + g_size : nullptr;
+      Scratch<T> scratch(g_size + x_size + (DX ? x_size : 0));
+      T *g = scratch.data(), *x = g + g_size, *dx = DX ? x + x_size : nullptr;
       for (int64_t part = from; part < to; ++part) {
         if constexpr (DV) {
           sums[part].assign(nnz, T(0));
         }
+        T* sum = DV ? sums[part].data() : nullptr;
         for (int64_t t = plan.tiles * part / threads; t < plan.tiles * (part + 1) / threads; ++t) {
-          in.pack(t, 0, plan.channels, x);
           grad.pack(t, 0, plan.rows, g);
-          if (DX && !plan.each_once) {
-            std::fill(dx, dx + dx_size, T(0));
+          if (plan.each_once) {
+            backward_columns<T, DX, DV>(plan, at, values, in, x, g, dx, out, sum, t, 0, columns);
+            continue;
           }
-          backward_tile<T, DX, DV>(plan, at, values, x, g, dx, DV ? sums[part].data() : nullptr, 0, columns);
+          if constexpr (DV) {
+            in.pack(t, 0, plan.channels, x);
+          }
+          if constexpr (DX) {
+            std::fill(dx, dx + x_size, T(0));
+          }
+          backward_tile<T, DX, DV>(plan, at, values, x, g, dx, sum, 0, 0, columns);
           if constexpr (DX) {
             out.unpack(t, 0, plan.channels, dx);
           }
@@ -399,20 +452,38 @@ void backward(
     }
     return;
   }
-  Scratch<T> scratch(x_size + g_size + dx_size);
-  T *x = scratch.data(), *g = x + x_size, *dx = DX ? g + g_size : nullptr;
+  const int64_t x_size = (plan.each_once ? threads * PIECE : plan.channels) * channel;
+  Scratch<T> scratch(g_size + x_size + (DX ? x_size : 0));
+  T *g = scratch.data(), *x = g + g_size, *dx = DX ? x + x_size : nullptr;
   // The columns of one channel write to the same places of dx.
   const std::vector<int64_t> bounds = shares(at.ccol, columns, DX ? plan.kernel : 1, threads);
   for (int64_t t = 0; t < plan.tiles; ++t) {
-    for_channels<T>(plan.channels, plan.in_places, [&](int64_t begin, int64_t end) { in.pack(t, begin, end, x); });
-    for_channels<T>(plan.rows, plan.out_places, [&](int64_t begin, int64_t end) { grad.pack(t, begin, end, g); });
-    if (DX && !plan.each_once) {
-      std::fill(dx, dx + dx_size, T(0));
+    for_channels<T>(plan.rows, plan.out_places, [&](int64_t begin, int64_t end) {
+      grad.pack(t, begin, end, g + begin * plan.out_places * LANES<T>);
+    });
+    if (!plan.each_once) {
+      for_channels<T>(plan.channels, plan.in_places, [&](int64_t begin, int64_t end) {
+        if constexpr (DV) {
+          in.pack(t, begin, end, x + begin * channel);
+        }
+        if constexpr (DX) {
+          std::fill(dx + begin * channel, dx + end * channel, T(0));
+        }
+      });
     }
     at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-      backward_tile<T, DX, DV>(plan, at, values, x, g, dx, dv, bounds[from], bounds[to]);
-      if (DX && plan.groups == 1) {
-        out.unpack(t, bounds[from] / plan.kernel, bounds[to] / plan.kernel, dx);
+      for (int64_t k = from; k < to; ++k) {
+        if (plan.each_once) {
+          const int64_t own = k * PIECE * channel;
+          backward_columns<T, DX, DV>(
+              plan, at, values, in, x + own, g, DX ? dx + own : nullptr, out, dv, t, bounds[k], bounds[k + 1]);
+          continue;
+        }
+        backward_tile<T, DX, DV>(plan, at, values, x, g, dx, dv, 0, bounds[k], bounds[k + 1]);
+        if (DX && plan.groups == 1) {
+          const int64_t first = bounds[k] / plan.kernel;
+          out.unpack(t, first, bounds[k + 1] / plan.kernel, dx + first * channel);
+        }
       }
     });
     if (DX && plan.groups > 1) {  // a column belongs to a channel of every group
