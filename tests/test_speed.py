@@ -35,6 +35,7 @@ SPARSE = AlwaysSparse(
     batch_size=4,
     densities=(0.5, 0.2),
     scaling_widths=(8, 16, 32),
+    scaling_batch_sizes=(2, 4),
     row_nonzeros=2,
     dense_bytes=2 * 16**2,
     convs=(ConvLayer(2, 4, 6, batch_size=3), ConvLayer(4, 4, 6, 2, batch_size=3)),

@@ -21,6 +21,7 @@ SMALL = AlwaysSparse(
     batch_size=4,
     densities=(0.5, 0.25),
     scaling_widths=(8, 16, 32),
+    scaling_batch_sizes=(2, 4),
     row_nonzeros=2,
     dense_bytes=4 * 16**2,
     convs=(ConvLayer(2, 4, 6, batch_size=3), ConvLayer(4, 4, 6, 2, batch_size=3)),
@@ -96,14 +97,14 @@ def test_an_update_is_what_a_step_with_one_takes_above_a_step_of_the_same_round(
 
 
 def test_the_dense_gradient_of_rigl_is_no_larger_than_it_may_be():
-    turns = sparse_scaling.measure(plan(), progress=False)
+    turns = sparse_scaling.measure(plan(), 4, progress=False)
     assert {of.width for of in turns if of.contender == "rigl"} == {8, 16}
     assert {of.width for of in turns if of.contender == "gse"} == {8, 16, 32}
     assert {of.nonzeros / of.width for of in turns} == {4}
 
 
 def test_the_non_zeros_move_after_every_step_that_counts_as_an_update():
-    nonzeros, name, step = sparse_scaling._contender(plan(), 16, "gse")
+    nonzeros, name, step = sparse_scaling._contender(plan(), 16, 4, "gse")
     network = step.__closure__[1].cell_contents.weights.values()  # of the topology
     before = [weight.keys() for weight in network]
     step()
@@ -153,5 +154,6 @@ def test_the_part_is_measured_from_the_command_line_with_its_widths(tmp_path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["always_sparse_bytes.csv", *files, "speed.md"]
     assert {line["size"] for line in lines_of(tmp_path / "always_sparse_steps.csv")} == {"12-12-12"}
     assert {line["width"] for line in lines_of(tmp_path / "always_sparse_scaling.csv")} == {"4", "8"}
+    assert {line["batch_size"] for line in lines_of(tmp_path / "always_sparse_scaling.csv")} == {"2", "4"}
     said = capsys.readouterr().out
     assert all(f"### {title}" in said for title in always_sparse.TITLES)

@@ -54,24 +54,30 @@ def draw_steps(
     finish(figure, path, ("A training step and what it holds, beside dense's", SPREAD), handles, labels, columns=4)
 
 
-def draw_scaling(found: Mapping[str, Mapping[int, Spread]], about: str, path: Path) -> None:
-    """Draw the milliseconds of a step and of the updates against width, with lines of growth by 2 and by 4."""
-    figure, (panel,) = make_panels(1, width=8)
+def draw_scaling(found: Mapping[str, Mapping[str, Mapping[int, Spread]]], about: str, path: Path) -> None:
+    """Draw the milliseconds of a step and of the updates against width, with lines of growth by 2 and by 4.
+
+    Args:
+        found: of each panel, by its title.
+    """
+    figure, panels = make_panels(len(found), width=3 + 5 * len(found))
     figure.set_figheight(5.5)
     labels = {"step": "training step", "gse": "GSE's update", "rigl": "RigL's update"}
-    widths = sorted(found["step"])
-    for place, (name, of) in enumerate(found.items()):
-        # A difference that is lost in the noise has no logarithm.
-        points = {width: spread for width, spread in of.items() if spread.least > 0}
-        if points:
-            _spreads(panel, [*points], [*points.values()], labels[name], place)
-    first = found["step"][widths[0]].median
-    for power, style in ((1, (0, (4, 2))), (2, (0, (1, 2)))):
-        line = first * (np.array(widths) / widths[0]) ** power
-        panel.plot(widths, line, color="0.5", linewidth=1, linestyle=style, label=f"width to the power {power}")
-    panel.set_ylabel("milliseconds")
-    _log_axes(panel, widths, "width of each layer")
-    handles, names = panel.get_legend_handles_labels()
+    for panel, (title, of_panel) in zip(panels, found.items(), strict=True):
+        widths = sorted(of_panel["step"])
+        for place, (name, of) in enumerate(of_panel.items()):
+            # A difference that is lost in the noise has no logarithm.
+            points = {width: spread for width, spread in of.items() if spread.least > 0}
+            if points:
+                _spreads(panel, [*points], [*points.values()], labels[name], place)
+        first = of_panel["step"][widths[0]].median
+        for power, style in ((1, (0, (4, 2))), (2, (0, (1, 2)))):
+            line = first * (np.array(widths) / widths[0]) ** power
+            panel.plot(widths, line, color="0.5", linewidth=1, linestyle=style, label=f"width to the power {power}")
+        panel.set_title(title)
+        _log_axes(panel, widths, "width of each layer")
+    panels[0].set_ylabel("milliseconds")
+    handles, names = panels[0].get_legend_handles_labels()
     finish(figure, path, (f"Growth with the width, {about}", SPREAD), handles, names, columns=3)
 
 

@@ -38,6 +38,8 @@ class AlwaysSparse:
     batch_size: int = 128
     densities: tuple[float, ...] = (0.1, 0.05, 0.02, 0.01)
     scaling_widths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
+    scaling_batch_sizes: tuple[int, ...] = (16, 128)
+    """Each with all of ``scaling_widths``: of a large batch the widest layers' input is larger than the caches."""
     row_nonzeros: int = 32
     """Non-zeros of each row, on average, at all of ``scaling_widths``."""
     dense_bytes: int = 2**31

@@ -1,9 +1,9 @@
 """How an always-sparse step, and an update of its topology, grow with the width, at a fixed number of non-zeros a row.
 
-In: a ``Plan``. Out: ``always_sparse_scaling.csv``, a figure and a table. At every width turns are taken by the *step*
-of a sparse perceptron, and by steps after each of which GSE, or RigL, updates the topology. What such a step takes
-above the plain one, pair by pair, is an *update*: finding the candidates and their gradients in the backward pass, and
-moving the non-zeros. RigL makes a dense gradient of one weight at a time, as far as it may be as large.
+In: a ``Plan``. Out: ``always_sparse_scaling.csv``, a figure and a table per batch size. At every width turns are taken
+by the *step* of a sparse perceptron, and by steps after each of which GSE, or RigL, updates the topology. What such a
+step takes above the plain one, pair by pair, is an *update*: finding the candidates and their gradients in the backward
+pass, and moving the non-zeros. RigL makes a dense gradient of one weight at a time, as far as it may be as large.
 """
 
 from collections.abc import Sequence
@@ -47,34 +47,43 @@ LEGEND = (
 
 
 def run(plan: Plan, progress: bool) -> str:
-    """Measure, write the files and give the table."""
-    turns = measure(plan, progress)
-    write_csv(plan.out / "always_sparse_scaling.csv", ScalingTurn, turns)
-    found = series(turns)
-    draw_scaling(
-        {name: {width: Spread.of(times) for width, times in of.items()} for name, of in found.items()},
-        f"{plan.always_sparse.row_nonzeros} non-zeros a row, batch {plan.always_sparse.batch_size}",
-        plan.out / "always_sparse_scaling.png",
-    )
-    return table(plan, found)
+    """Measure, write the files and give the tables."""
+    of = plan.always_sparse
+    turns: list[ScalingTurn] = []
+    for batch_size in of.scaling_batch_sizes:
+        turns += measure(plan, batch_size, progress)
+        write_csv(plan.out / "always_sparse_scaling.csv", ScalingTurn, turns)
+    found = {
+        batch_size: series([turn for turn in turns if turn.batch_size == batch_size])
+        for batch_size in of.scaling_batch_sizes
+    }
+    spreads = {
+        f"batch {batch_size}": {
+            name: {width: Spread.of(times) for width, times in by_width.items()} for name, by_width in of_batch.items()
+        }
+        for batch_size, of_batch in found.items()
+    }
+    draw_scaling(spreads, f"{of.row_nonzeros} non-zeros a row", plan.out / "always_sparse_scaling.png")
+    tables = [f"Batch {batch_size}:\n\n{table(plan, of_batch)}" for batch_size, of_batch in found.items()]
+    return "\n\n".join([*tables, LEGEND])
 
 
-def measure(plan: Plan, progress: bool) -> list[ScalingTurn]:
+def measure(plan: Plan, batch_size: int, progress: bool) -> list[ScalingTurn]:
     """Give every contender of every width its turns."""
     of = plan.always_sparse
     entered: list[tuple[int, int, str, Call]] = []
-    with tqdm(desc="scaling: building", unit="turn", mininterval=0.5, disable=not progress) as bar:
+    with tqdm(desc=f"scaling@{batch_size}: building", unit="turn", mininterval=0.5, disable=not progress) as bar:
         for width in of.scaling_widths:
             for method in ("static", *UPDATES):
                 if method == "rigl" and width**2 * plan.dtype.itemsize > of.dense_bytes:
                     continue
-                entered.append((width, *_contender(plan, width, method)))
+                entered.append((width, *_contender(plan, width, batch_size, method)))
         bar.reset(total=len(entered) * (plan.rounds + 1))
-        bar.set_description("scaling")
+        bar.set_description(f"scaling@{batch_size}")
         turns = []
         for number, place, spent in take_turns([call for *_, call in entered], plan.rounds, plan.device, bar):
             width, nonzeros, contender, _ = entered[place]
-            turns.append(ScalingTurn(width, of.layers, of.batch_size, nonzeros, contender, number, spent))
+            turns.append(ScalingTurn(width, of.layers, batch_size, nonzeros, contender, number, spent))
     return turns
 
 
@@ -109,16 +118,16 @@ def table(plan: Plan, found: dict[str, dict[int, list[float]]]) -> str:
             growth = "" if width not in half else str(Spread.of(ratios(times[width], times[half[width]])))
             row += [str(Spread.of(times[width])), growth]
         cells.append(row)
-    return f"{markdown(header, cells)}\n\n{LEGEND}"
+    return markdown(header, cells)
 
 
-def _contender(plan: Plan, width: int, method: str) -> tuple[int, str, Call]:
+def _contender(plan: Plan, width: int, batch_size: int, method: str) -> tuple[int, str, Call]:
     """The non-zeros of a network, its name in the table, and its step."""
     of = plan.always_sparse
     widths = (width,) * (of.layers + 1)
     network = sparse_mlp(plan, widths, of.row_nonzeros / width)
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
-    step = train_step(batch_loss(plan, Size(widths, of.batch_size, ()), network), optimizer)
+    step = train_step(batch_loss(plan, Size(widths, batch_size, ()), network), optimizer)
     if method == "static":
         return network.nnz, "step", step
     topology = rwfx.Topology(network, optimizer, method, interval=1, schedule="constant")
