@@ -5,13 +5,22 @@ A *key* is the place of one number, ``column * O + row``. The keys of a weight a
 lie column by column, as in ``torch.sparse_csc``: ``dx = W^T g`` and ``dW`` read them as they lie, and ``y = W x`` by
 rows, through an order kept beside.
 
-Axes: N non-zeros, O rows, I columns.
+``rwfx::index_of``, ``rwfx::find_keys``, ``rwfx::merge_keys`` and ``rwfx::distinct_keys`` are operators: here for every
+device, by sorting and bisection, and on a CPU in ``rwfx/native/keys.cpp``, in time that grows with the keys alone.
+
+Axes: N non-zeros, O rows, I columns, M keys that are asked for.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+
+_library = torch.library.Library("rwfx", "FRAGMENT")
+_library.define("index_of(Tensor keys, SymInt rows, SymInt columns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define("find_keys(Tensor keys, Tensor wanted) -> (Tensor, Tensor)")
+_library.define("merge_keys(Tensor keys, Tensor others) -> Tensor")
+_library.define("distinct_keys(Tensor drawn) -> Tensor")
 
 LARGEST = 2**31 - 1
 """Rows, columns and non-zeros are counted in int32."""
@@ -29,10 +38,7 @@ class Index(NamedTuple):
 
 def index_of(keys: Tensor, rows: int, columns: int) -> Index:
     """The index of sorted, distinct keys, ``(N,)`` int64."""
-    col, row = keys // rows, keys % rows
-    order = row.argsort(stable=True)
-    parts = _starts(row, rows), col[order], order
-    return Index(*columns_of(keys, rows, columns), *(part.to(torch.int32) for part in parts))
+    return Index(*torch.ops.rwfx.index_of.default(keys, rows, columns))
 
 
 def columns_of(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -45,6 +51,50 @@ def keys_of(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> Tensor:
     counts = ccol_indices.long().diff()
     col = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(row_indices))
     return col * rows + row_indices
+
+
+def _index_of(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
+    col, row = keys // rows, keys % rows
+    order = row.argsort(stable=True)
+    by_rows = _starts(row, rows), col[order], order
+    return (*columns_of(keys, rows, columns), *(part.to(torch.int32) for part in by_rows))
+
+
+def _find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    if not len(keys):
+        return torch.zeros_like(wanted, dtype=torch.bool), torch.zeros_like(wanted)
+    place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+    return keys[place] == wanted, place
+
+
+def _merge(keys: Tensor, others: Tensor) -> Tensor:
+    return torch.cat([keys, others]).sort().values
+
+
+_library.impl("index_of", _index_of, "CompositeExplicitAutograd")
+_library.impl("find_keys", _find, "CompositeExplicitAutograd")
+_library.impl("merge_keys", _merge, "CompositeExplicitAutograd")
+_library.impl("distinct_keys", torch.unique, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rwfx::index_of", lib=_library)
+def _(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
+    return tuple(keys.new_empty(n, dtype=torch.int32) for n in (columns + 1, len(keys), rows + 1, len(keys), len(keys)))
+
+
+@torch.library.register_fake("rwfx::find_keys", lib=_library)
+def _(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(wanted, dtype=torch.bool), torch.empty_like(wanted)
+
+
+@torch.library.register_fake("rwfx::merge_keys", lib=_library)
+def _(keys: Tensor, others: Tensor) -> Tensor:
+    return keys.new_empty(len(keys) + len(others))
+
+
+@torch.library.register_fake("rwfx::distinct_keys", lib=_library)
+def _(drawn: Tensor) -> Tensor:
+    return drawn.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
 def _starts(sorted_or_not: Tensor, size: int) -> Tensor:
@@ -69,11 +119,18 @@ def without(keys: Tensor, others: Tensor) -> Tensor:
 
 
 def contains(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of ``wanted`` are among ``keys``, sorted and distinct, and the place of each that is."""
-    if not len(keys):
-        return torch.zeros_like(wanted, dtype=torch.bool), torch.zeros_like(wanted)
-    place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-    return keys[place] == wanted, place
+    """Which of ``wanted``, ``(M,)``, are among ``keys``, sorted and distinct, and the place of each that is."""
+    return torch.ops.rwfx.find_keys.default(keys, wanted)
+
+
+def merged(keys: Tensor, others: Tensor) -> Tensor:
+    """Both together, sorted, of sorted ones."""
+    return torch.ops.rwfx.merge_keys.default(keys, others)
+
+
+def distinct(drawn: Tensor) -> Tensor:
+    """Keys in any order, sorted and each once."""
+    return torch.ops.rwfx.distinct_keys.default(drawn)
 
 
 def draw_keys(rows: int, columns: int, count: int, generator: Generator | None = None) -> Tensor:
@@ -92,7 +149,7 @@ def draw_keys(rows: int, columns: int, count: int, generator: Generator | None =
         missing = count - len(keys)
         # A few more than are missing: drawn places repeat. Those too many are taken out at random, which favours none.
         more = torch.randint(places, (missing + missing // 8 + 8,), generator=generator, device="cpu")
-        keys = torch.cat([keys, more]).unique()
+        keys = distinct(torch.cat([keys, more]))
     surplus = len(keys) - count
     if surplus:
         out = torch.randperm(len(keys), generator=generator, device="cpu")[:surplus]

@@ -31,6 +31,7 @@ SOURCES = (
     "linear.cpp",
     "optim.cpp",
     "sparse.cpp",
+    "keys.cpp",
 )
 HEADERS = ("random.h", "draw.h", "rows.h", "vectors.h", "packing.h", "sparse_products.h")
 _HERE = Path(__file__).parent

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rwfx.nonzeros import keys_of, without
+from rwfx.nonzeros import distinct, keys_of, without
 from rwfx.ops.candidates import draw_places, random_signs
 from rwfx.ops.weighted_call import WeightedCall
 
@@ -110,9 +110,8 @@ def _explored(distribution: str) -> Callable[[WeightedCall, Tensor, Tensor], tup
     def candidates(call: WeightedCall, state: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         _, key, draws, _ = state
         if draws:
-            drawn = draw_places(
-                *EXPLORE[distribution](call, key), call.rows, call.columns, int(draws), key, call.x.device
-            ).unique()
+            weights = EXPLORE[distribution](call, key)
+            drawn = distinct(draw_places(*weights, call.rows, call.columns, int(draws), key, call.x.device))
         else:
             drawn = torch.arange(call.rows * call.columns, device=call.x.device)
         found = without(drawn, keys_of(call.ccol_indices, call.row_indices, call.rows))
