@@ -124,7 +124,7 @@ def _largest(call: WeightedCall, state: Tensor, keys: Tensor) -> tuple[Tensor, T
     gradient = call.dense_gradient()
     taken = keys_of(call.ccol_indices, call.row_indices, call.rows)
     magnitude = gradient.abs().index_fill_(0, taken, -1)
-    found = magnitude.topk(min(int(state[2]), len(gradient) - len(taken))).indices.sort().values
+    found = magnitude.topk(min(int(state[2]), len(gradient) - len(taken)), sorted=False).indices.sort().values
     return found, gradient[found]
 
 

@@ -40,7 +40,7 @@ def replaced(part: Part, pruned: Tensor, grown: Tensor) -> Tensor:
 
 def smallest(values: Tensor, count: int) -> Tensor:
     """The smallest magnitudes."""
-    return values.abs().topk(count, largest=False).indices
+    return values.abs().topk(count, largest=False, sorted=False).indices
 
 
 def tails(values: Tensor, count: int) -> Tensor:
@@ -57,7 +57,7 @@ def tails(values: Tensor, count: int) -> Tensor:
 
 def best(part: Part, count: int) -> Tensor:
     """The candidates with the largest scores."""
-    return part.candidates[part.scores.abs().topk(min(count, len(part.scores))).indices]
+    return part.candidates[part.scores.abs().topk(min(count, len(part.scores)), sorted=False).indices]
 
 
 def at_random(generator: Generator) -> Grow:

@@ -315,7 +315,7 @@ class Topology:
         agree_on_mean(probe.grads)
         size = probe.grads.abs()
         wanted = float(size[keys].mean())
-        candidates = size.index_fill_(0, keys, -1).topk(self._most(weight)).indices.sort().values
+        candidates = size.index_fill_(0, keys, -1).topk(self._most(weight), sorted=False).indices.sort().values
         return Part(places, keys, values, candidates, probe.grads[candidates], wanted)
 
 
