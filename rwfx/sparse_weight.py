@@ -88,6 +88,8 @@ class SparseWeight(nn.Module):
         options = conv_options(len(kernel), *options)
         is_line = len(kernel) == 1
         if is_line:  # as of an image with one line
+            if x.dim() not in (2, 3):
+                raise ValueError(f"x must be (B, C, L) or (C, L), got the shape {list(x.shape)}.")
             x, kernel = x.unsqueeze(-2), (1, *kernel)
         y = sparse_conv(x, self.values, bias, self.index, kernel, *options, by=self.by)
         y = y if self.probe is None else self.probe(y, x, self, flat_options(kernel, *options))

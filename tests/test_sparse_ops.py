@@ -219,12 +219,14 @@ def test_a_convolution_in_one_dimension_is_the_dense_one(options, leading):
         assert_close(one, other, **EXACT)
 
 
-def test_options_of_another_dimension_are_refused():
+def test_options_and_inputs_of_another_dimension_are_refused():
     weight = make_weight(6, 4, 3, nnz=20)
     with pytest.raises(TypeError, match=r"stride must be a number, or 1 of them, got \(2, 2\)"):
         weight(torch.ones(2, 4, 9), None, (2, 2))
     with pytest.raises(TypeError, match="padding must be a number, or 1 of them, got 'same'"):
         weight(torch.ones(2, 4, 9), None, 1, "same")
+    with pytest.raises(ValueError, match=r"x must be \(B, C, L\) or \(C, L\), got the shape \[2, 4, 9, 9\]"):
+        weight(torch.ones(2, 4, 9, 9))
     with pytest.raises(ValueError, match=r"in 1-d or 2-d, got \(2, 2, 2, 2, 2\)"):
         make_weight(2, 2, 2, 2, 2, nnz=3)
 
