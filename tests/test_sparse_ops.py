@@ -51,7 +51,7 @@ def at_places(weight, full):
 
 # Shapes of the input before its features: one tile or several, full or not, and an empty batch.
 BATCHES = [(1,), (3, 4), (16,), (64,), (130,), (300,), (0,)]
-SIZES = {"some": (7, 5, 12), "none": (7, 5, 0), "all": (7, 5, 35), "one row": (1, 40, 9), "larger": (50, 70, 400)}
+SIZES = {"some": (7, 5, 12), "none": (7, 5, 0), "all": (7, 5, 35), "one row": (1, 40, 9), "pieces": (150, 170, 2000)}
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -11,6 +11,8 @@ alias method, whose tables are made one entry after the other. What is drawn is 
 Axes: I columns and O rows of the weight, G groups, M draws.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from rwfx.ops.walk import uniform
 
 COLUMN, ROW, SIGN = range(3)
 """The streams under a key."""
+
+AT_ONCE = 1 << 17
+"""Draws that a CPU makes at once."""
 
 
 def draw_places(
@@ -38,25 +43,40 @@ def draw_places(
 
     Where the weights are all zero, or not all finite, draws are uniform.
     """
+    draw = _uniform if of_inputs is None or of_rows is None else _weighted(of_inputs.double(), of_rows.double(), rows)
     number_M = torch.arange(count, device=device)
-    u_M, v_M = (uniform(key, number_M.new_tensor(stream), number_M) for stream in (COLUMN, ROW))
-    if of_inputs is None or of_rows is None:
-        return (u_M * columns).long() * rows + (v_M * rows).long()
-    sum_GI = of_inputs.double().cumsum(1)
+    # On a CPU by as many as the caches hold: each number passes through some twenty operations.
+    parts = number_M.split(AT_ONCE) if device.type == "cpu" else (number_M,)
+    return torch.cat([
+        draw(rows, columns, *(uniform(key, part.new_tensor(stream), part) for stream in (COLUMN, ROW)))
+        for part in parts
+    ])  # fmt: skip
+
+
+def _uniform(rows: int, columns: int, u_M: Tensor, v_M: Tensor) -> Tensor:
+    return (u_M * columns).long() * rows + (v_M * rows).long()
+
+
+def _weighted(of_inputs: Tensor, of_rows: Tensor, rows: int) -> Callable[[int, int, Tensor, Tensor], Tensor]:
+    sum_GI = of_inputs.cumsum(1)
     per_group = rows // len(sum_GI)
     # A place (a, b) is to be drawn with a probability proportional to of_inputs[group of b, a] * of_rows[b].
-    sum_O = (of_rows.double() * sum_GI[:, -1].repeat_interleave(per_group)).cumsum(0)
+    sum_O = (of_rows * sum_GI[:, -1].repeat_interleave(per_group)).cumsum(0)
     if not 0 < float(sum_O[-1]) < torch.inf:
-        return draw_places(None, None, rows, columns, count, key, device)
-    row_M = _found(sum_O, v_M * sum_O[-1])
-    if len(sum_GI) == 1:
-        return _found(sum_GI[0], u_M * sum_GI[0, -1]) * rows + row_M
+        return _uniform
     # One running sum over all groups, each of which goes from its number to the next.
-    group_M = row_M // per_group
     shares_GI = sum_GI / sum_GI[:, -1:].where(sum_GI[:, -1:] > 0, 1)
-    all_ = (shares_GI + torch.arange(len(sum_GI), device=device)[:, None]).flatten()
-    column_M = (_found(all_, u_M + group_M) - group_M * columns).clamp_(0, columns - 1)
-    return column_M * rows + row_M
+    all_ = (shares_GI + torch.arange(len(sum_GI), device=sum_GI.device)[:, None]).flatten()
+
+    def draw(rows: int, columns: int, u_M: Tensor, v_M: Tensor) -> Tensor:
+        row_M = _found(sum_O, v_M * sum_O[-1])
+        if len(sum_GI) == 1:
+            return _found(sum_GI[0], u_M * sum_GI[0, -1]) * rows + row_M
+        group_M = row_M // per_group
+        column_M = (_found(all_, u_M + group_M) - group_M * columns).clamp_(0, columns - 1)
+        return column_M * rows + row_M
+
+    return draw
 
 
 def random_signs(key: Tensor, count: int, device: torch.device) -> Tensor:
