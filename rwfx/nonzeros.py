@@ -6,7 +6,7 @@ lie column by column, as in ``torch.sparse_csc``: ``dx = W^T g`` and ``dW`` read
 rows, through an order kept beside.
 
 ``rwfx::index_of``, ``rwfx::find_keys``, ``rwfx::merge_keys`` and ``rwfx::distinct_keys`` are operators: here for every
-device, by sorting and bisection, and on a CPU in ``rwfx/native/keys.cpp``, in time that grows with the keys alone.
+device, by sorting and bisection, and on a CPU in ``rwfx/native/keys.cpp``, by a few passes over keys, rows and columns.
 
 Axes: N non-zeros, O rows, I columns, M keys that are asked for.
 """
@@ -37,7 +37,11 @@ class Index(NamedTuple):
 
 
 def index_of(keys: Tensor, rows: int, columns: int) -> Index:
-    """The index of sorted, distinct keys, ``(N,)`` int64."""
+    """The index of keys ``(N,)`` int64; that they are sorted, distinct and below ``rows * columns`` is a promise.
+
+    Raises:
+        ValueError: by the kernels, where they see that they are not.
+    """
     return Index(*torch.ops.rwfx.index_of.default(keys, rows, columns))
 
 
@@ -53,6 +57,71 @@ def keys_of(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> Tensor:
     return col * rows + row_indices
 
 
+def without(keys: Tensor, others: Tensor) -> Tensor:
+    """Those of ``keys`` that are not among ``others``; both sorted and distinct."""
+    return keys[~find_keys(others, keys)[0]]
+
+
+def find_keys(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of ``wanted``, ``(M,)`` in any order, are among ``keys``, sorted and distinct, and where.
+
+    Of one that is not there the place is where it would be, or the last: something may be read there.
+    """
+    return torch.ops.rwfx.find_keys.default(keys, wanted)
+
+
+def merge_keys(keys: Tensor, others: Tensor) -> Tensor:
+    """Both together, sorted, of sorted ones."""
+    return torch.ops.rwfx.merge_keys.default(keys, others)
+
+
+def distinct_keys(drawn: Tensor) -> Tensor:
+    """Keys in any order, not negative, sorted and each once."""
+    return torch.ops.rwfx.distinct_keys.default(drawn)
+
+
+def draw_keys(rows: int, columns: int, count: int, generator: Generator | None = None) -> Tensor:
+    """``count`` of all ``rows * columns`` places, every set of so many equally likely: G(n, M).
+
+    Takes time and memory in proportion to ``count``: no list of all places, no mask. A place is drawn again where it
+    has been drawn before; a set of more than half is what a smaller set leaves.
+    """
+    places = rows * columns
+    if count > places // 2:
+        left_out = draw_keys(rows, columns, places - count, generator)
+        kept = torch.ones(places, dtype=torch.bool, device="cpu").index_fill_(0, left_out, False)
+        return kept.nonzero().flatten()
+    keys = torch.empty(0, dtype=torch.int64, device="cpu")
+    while len(keys) < count:
+        missing = count - len(keys)
+        # A few more than are missing: drawn places repeat. Those too many are taken out at random, which favours none.
+        more = torch.randint(places, (missing + missing // 8 + 8,), generator=generator, device="cpu")
+        keys = distinct_keys(torch.cat([keys, more]))
+    surplus = len(keys) - count
+    if surplus:
+        out = torch.randperm(len(keys), generator=generator, device="cpu")[:surplus]
+        keys = keys[torch.ones(len(keys), dtype=torch.bool, device="cpu").index_fill_(0, out, False)]
+    return keys
+
+
+def check_size(rows: int, columns: int, nnz: int, name: str) -> None:
+    """Refuse a weight that int32 cannot count.
+
+    Raises:
+        ValueError: names it.
+    """
+    if max(rows, columns, nnz) > LARGEST:
+        raise ValueError(
+            f"weight {name!r} has {rows} rows, {columns} columns and {nnz} non-zeros; at most {LARGEST} can be counted."
+        )
+
+
+def _starts(sorted_or_not: Tensor, size: int) -> Tensor:
+    """Where each of ``size`` groups starts when the members are sorted by group."""
+    counts = torch.bincount(sorted_or_not, minlength=size)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
 def _index_of(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
     col, row = keys // rows, keys % rows
     order = row.argsort(stable=True)
@@ -60,20 +129,20 @@ def _index_of(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
     return (*columns_of(keys, rows, columns), *(part.to(torch.int32) for part in by_rows))
 
 
-def _find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _find_keys(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     if not len(keys):
         return torch.zeros_like(wanted, dtype=torch.bool), torch.zeros_like(wanted)
     place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
     return keys[place] == wanted, place
 
 
-def _merge(keys: Tensor, others: Tensor) -> Tensor:
+def _merge_keys(keys: Tensor, others: Tensor) -> Tensor:
     return torch.cat([keys, others]).sort().values
 
 
 _library.impl("index_of", _index_of, "CompositeExplicitAutograd")
-_library.impl("find_keys", _find, "CompositeExplicitAutograd")
-_library.impl("merge_keys", _merge, "CompositeExplicitAutograd")
+_library.impl("find_keys", _find_keys, "CompositeExplicitAutograd")
+_library.impl("merge_keys", _merge_keys, "CompositeExplicitAutograd")
 _library.impl("distinct_keys", torch.unique, "CompositeExplicitAutograd")
 
 
@@ -95,63 +164,3 @@ def _(keys: Tensor, others: Tensor) -> Tensor:
 @torch.library.register_fake("rwfx::distinct_keys", lib=_library)
 def _(drawn: Tensor) -> Tensor:
     return drawn.new_empty(torch.library.get_ctx().new_dynamic_size())
-
-
-def _starts(sorted_or_not: Tensor, size: int) -> Tensor:
-    """Where each of ``size`` groups starts when the members are sorted by group."""
-    counts = torch.bincount(sorted_or_not, minlength=size)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def check_size(rows: int, columns: int, name: str) -> None:
-    """Refuse a weight that int32 cannot count.
-
-    Raises:
-        ValueError: names it.
-    """
-    if max(rows, columns) > LARGEST:
-        raise ValueError(f"weight {name!r} has {rows} rows and {columns} columns; at most {LARGEST} can be counted.")
-
-
-def without(keys: Tensor, others: Tensor) -> Tensor:
-    """Those of ``keys`` that are not among ``others``; both sorted and distinct."""
-    return keys[~contains(others, keys)[0]]
-
-
-def contains(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of ``wanted``, ``(M,)``, are among ``keys``, sorted and distinct, and the place of each that is."""
-    return torch.ops.rwfx.find_keys.default(keys, wanted)
-
-
-def merged(keys: Tensor, others: Tensor) -> Tensor:
-    """Both together, sorted, of sorted ones."""
-    return torch.ops.rwfx.merge_keys.default(keys, others)
-
-
-def distinct(drawn: Tensor) -> Tensor:
-    """Keys in any order, sorted and each once."""
-    return torch.ops.rwfx.distinct_keys.default(drawn)
-
-
-def draw_keys(rows: int, columns: int, count: int, generator: Generator | None = None) -> Tensor:
-    """``count`` of all ``rows * columns`` places, every set of so many equally likely: G(n, M).
-
-    Takes time and memory in proportion to ``count``: no list of all places, no mask. A place is drawn again where it
-    has been drawn before; a set of more than half is what a smaller set leaves.
-    """
-    places = rows * columns
-    if count > places // 2:
-        left_out = draw_keys(rows, columns, places - count, generator)
-        kept = torch.ones(places, dtype=torch.bool, device="cpu").index_fill_(0, left_out, False)
-        return kept.nonzero().flatten()
-    keys = torch.empty(0, dtype=torch.int64, device="cpu")
-    while len(keys) < count:
-        missing = count - len(keys)
-        # A few more than are missing: drawn places repeat. Those too many are taken out at random, which favours none.
-        more = torch.randint(places, (missing + missing // 8 + 8,), generator=generator, device="cpu")
-        keys = distinct(torch.cat([keys, more]))
-    surplus = len(keys) - count
-    if surplus:
-        out = torch.randperm(len(keys), generator=generator, device="cpu")[:surplus]
-        keys = keys[torch.ones(len(keys), dtype=torch.bool, device="cpu").index_fill_(0, out, False)]
-    return keys

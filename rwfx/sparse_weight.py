@@ -62,7 +62,6 @@ class SparseWeight(nn.Module):
         self.shape = torch.Size(shape)
         if not 2 <= len(self.shape) <= 4:
             raise ValueError(f"shape must be (O, I) or (O, channels / groups, *kernel) in 1-d or 2-d, got {shape}.")
-        check_size(self.rows, self.columns, "sparse")
         self._check(keys, values)
         self.transposed = transposed
         self._asked_by: Asked = by
@@ -174,6 +173,7 @@ class SparseWeight(nn.Module):
                 f"keys must be one int64 number for each value, got {keys.dtype} of shape {tuple(keys.shape)} for "
                 f"values of shape {tuple(values.shape)}."
             )
+        check_size(self.rows, self.columns, len(keys), "sparse")
         places = self.rows * self.columns
         if len(keys) and (bool((keys.diff() <= 0).any()) or not 0 <= int(keys[0]) <= int(keys[-1]) < places):
             raise ValueError(f"keys must be sorted, without repeats, from 0 to below {places} = {tuple(self.shape)}.")

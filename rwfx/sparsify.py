@@ -147,6 +147,8 @@ def _sparsified(
         reasons = "; ".join(f"{line.weight}: {line.dense_because}" for line in lines)
         raise ValueError(f"no weight is left to store as non-zeros ({reasons}).")
     counts = count_nonzeros({name: line.shape for name, line in chosen.items()}, density, init)
+    for name, line in chosen.items():
+        check_size(line.shape[0], prod(line.shape[1:]), counts[name], name)
     if values == "largest" and (empty := [n for n in chosen if captured.host.get_parameter(n).is_meta]):
         raise ValueError(f'values="largest" needs numbers to choose from, and {empty[0]!r} is on the meta device.')
 
@@ -192,8 +194,6 @@ def _lines(gms: Sequence[GraphModule], captured: Capture, dense: Sequence[Where]
         reason = reason or next(filter(None, map(why_not_sparse, gms, repeat(own), readers)), None)
         transposed = not reason and is_transposed(gms[0], own, readers[0])
         stored = tuple(reversed(shape)) if transposed else tuple(shape)
-        if not reason:
-            check_size(stored[0], prod(stored[1:]), name)
         lines.append(
             SparsityLine(name, stored, reason or "", transposed=transposed, **_calls_on(gms[0], own, readers[0], sizes))
         )
@@ -232,7 +232,7 @@ def _sparse_weight(
     if values == "largest":
         full = parameter.detach().t() if line.transposed else parameter.detach()
         by_columns = full.flatten(1).t().reshape(-1)
-        keys = by_columns.abs().topk(count).indices.sort().values
+        keys = by_columns.abs().topk(count, sorted=False).indices.sort().values
         numbers = by_columns[keys]
     else:
         keys = draw_keys(rows, columns, count, generator)

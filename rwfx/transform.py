@@ -77,8 +77,8 @@ def transform(
         num_paths, density: short for ``rows=rwfx.RandomWalk(num_paths, density)``: 50 walks a step by default. With a
             density, above 0 and at most 1, every row set has that share of its weight's rows, rounded up: no shape
             changes from step to step and nothing is read back from a GPU, as CUDA graphs need
-            (``torch.compile(mode="reduce-overhead")``; but of ``Magnitude`` the probabilities). A schedule or a
-            mapping by names will do as well; see ``rwfx.policies``.
+            (``torch.compile(mode="reduce-overhead")``; but by ``Magnitude``, by ``AdaptiveExamples``, and by
+            convolutions in groups). A schedule or a mapping by names will do as well; see ``rwfx.policies``.
         rows: how the rows of a step are chosen: ``rwfx.RandomWalk``, ``AdaptiveWalk``, ``LearnedWalk``, ``TopK``,
             ``Uniform`` or ``Magnitude``.
         examples: how many examples of a batch take part in the backward pass: a fraction or a number of those with the

@@ -17,9 +17,9 @@ def by(request, monkeypatch):
     if getattr(request, "param", None) == "PyTorch":
         for name, function in {
             "index_of": lambda *of: nonzeros.Index(*nonzeros._index_of(*of)),
-            "contains": nonzeros._find,
-            "merged": nonzeros._merge,
-            "distinct": torch.unique,
+            "find_keys": nonzeros._find_keys,
+            "merge_keys": nonzeros._merge_keys,
+            "distinct_keys": torch.unique,
         }.items():
             monkeypatch.setattr(nonzeros, name, function)
     elif not ready():
@@ -54,7 +54,7 @@ def test_keys_are_found_where_they_are(share, is_sorted):
     of, wanted = keys(211, 400, share), keys(211, 400, 0.6, seed=1)  # more than one thread is given
     if not is_sorted:
         wanted = wanted[torch.randperm(len(wanted), generator=torch.Generator().manual_seed(2))]
-    found, place = nonzeros.contains(of, wanted)
+    found, place = nonzeros.find_keys(of, wanted)
     at = {key: n for n, key in enumerate(of.tolist())}
     assert found.tolist() == [key in at for key in wanted.tolist()]
     assert place[found].tolist() == [at[key] for key in wanted.tolist() if key in at]
@@ -66,7 +66,7 @@ def test_keys_are_found_where_they_are(share, is_sorted):
 @pytest.mark.parametrize("shares", [(0.3, 0.3), (0.0, 0.4), (0.4, 0.0), (0.0, 0.0)], ids=str)
 def test_sorted_keys_are_merged(shares):
     of, others = (keys(50, 40, share, seed) for seed, share in enumerate(shares))
-    assert nonzeros.merged(of, others).tolist() == sorted(of.tolist() + others.tolist())
+    assert nonzeros.merge_keys(of, others).tolist() == sorted(of.tolist() + others.tolist())
 
 
 @pytest.mark.parametrize("by", BY, indirect=True)
@@ -74,7 +74,7 @@ def test_sorted_keys_are_merged(shares):
 @pytest.mark.parametrize("count", [0, 1, 5000])
 def test_what_is_drawn_twice_is_there_once(count, largest):
     drawn = torch.randint(largest, (count,), generator=torch.Generator().manual_seed(0))
-    assert nonzeros.distinct(torch.cat([drawn, drawn])).tolist() == sorted(set(drawn.tolist()))
+    assert nonzeros.distinct_keys(torch.cat([drawn, drawn])).tolist() == sorted(set(drawn.tolist()))
 
 
 def test_the_operators_keep_their_promises():
@@ -89,10 +89,12 @@ def test_the_operators_keep_their_promises():
 def test_keys_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="beyond the 7 rows and 5 columns"):
         nonzeros.index_of(torch.tensor([3, 35]), 7, 5)
+    with pytest.raises(ValueError, match="int32 cannot count 5 rows, -1 columns and 1 keys"):
+        nonzeros.index_of(torch.tensor([0]), 5, -1)
     for wrong in ([9, 3], [-1]):
         with pytest.raises(ValueError, match="sorted and not negative"):
             nonzeros.index_of(torch.tensor(wrong), 7, 5)
     with pytest.raises(ValueError, match="not be negative, got -1"):
-        nonzeros.distinct(torch.tensor([-1]))
+        nonzeros.distinct_keys(torch.tensor([-1]))
     with pytest.raises(ValueError, match="one-dimensional int64 tensor, got Float of shape"):
-        nonzeros.distinct(torch.tensor([1.0]))
+        nonzeros.distinct_keys(torch.tensor([1.0]))

@@ -422,3 +422,10 @@ def test_the_example_keeps_its_promise():
     )
     assert run.returncode == 0, run.stderr
     assert "22,487 non-zeros" in run.stdout
+
+
+@pytest.mark.parametrize(("rows", "density"), [(50_000, 0.9), (2**31, 1e-9)], ids=["non-zeros", "rows"])
+def test_more_than_int32_can_count_is_refused_before_it_is_drawn(rows, density):
+    model = nn.Sequential(nn.Linear(50_000, rows, device="meta"))
+    with pytest.raises(ValueError, match=rf"'0.weight' has {rows} rows, 50000 columns and .* at most 2147483647"):
+        rwfx.sparsify(model, density)

@@ -1,4 +1,4 @@
-// Operations on the keys of sparse weights on the CPU: those of rwfx/nonzeros.py, each in time that grows with the keys.
+// Operations on the keys of sparse weights on the CPU: those of rwfx/nonzeros.py, each in a few passes over what it has.
 //
 // Keys are sorted and distinct, so two sets of them are passed side by side; a sort of keys that were drawn goes by their
 // digits; and what lies by columns is dealt to the rows in one pass, in which each row's numbers keep their order.
@@ -12,6 +12,7 @@
 #include <array>
 #include <bit>
 #include <cstdint>
+#include <limits>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -40,6 +41,10 @@ struct Keys {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> index_of(const Tensor& given, int64_t rows, int64_t columns) {
   const Keys keys(given);
+  constexpr int64_t LARGEST = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(
+      std::min(rows, columns) >= 0 && std::max({rows, columns, keys.count}) <= LARGEST, "int32 cannot count ", rows,
+      " rows, ", columns, " columns and ", keys.count, " keys.");
   const auto numbers = [&](int64_t size) { return at::empty({size}, given.options().dtype(at::kInt)); };
   const Tensor ccol = numbers(columns + 1), row = numbers(keys.count), crow = numbers(rows + 1);
   const Tensor col = numbers(keys.count), order = numbers(keys.count);

@@ -293,7 +293,7 @@ class Scratch {
 };
 
 // Whether threads take tiles each for itself: else they share every tile's rows or columns. A linear layer's tiles, of
-// `size` numbers each, are read in no order, and those of all threads shall fit where one may.
+// `size` numbers each, are read in no order: then those of all threads together may be as large as one.
 template <class T>
 bool by_tiles(const Plan& plan, int64_t size) {
   const int64_t threads = at::get_num_threads(), bytes = threads * size * static_cast<int64_t>(sizeof(T));

@@ -12,6 +12,7 @@ Axes: I columns and O rows of the weight, G groups, M draws.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,12 +44,14 @@ def draw_places(
 
     Where the weights are all zero, or not all finite, draws are uniform.
     """
-    draw = _uniform if of_inputs is None or of_rows is None else _weighted(of_inputs.double(), of_rows.double(), rows)
+    draw = partial(_uniform, rows, columns)
+    if of_inputs is not None and of_rows is not None:
+        draw = _weighted(of_inputs.double(), of_rows.double()) or draw
     number_M = torch.arange(count, device=device)
     # On a CPU by as many as the caches hold: each number passes through some twenty operations.
     parts = number_M.split(AT_ONCE) if device.type == "cpu" else (number_M,)
     return torch.cat([
-        draw(rows, columns, *(uniform(key, part.new_tensor(stream), part) for stream in (COLUMN, ROW)))
+        draw(*(uniform(key, part.new_tensor(stream), part) for stream in (COLUMN, ROW)))
         for part in parts
     ])  # fmt: skip
 
@@ -57,18 +60,20 @@ def _uniform(rows: int, columns: int, u_M: Tensor, v_M: Tensor) -> Tensor:
     return (u_M * columns).long() * rows + (v_M * rows).long()
 
 
-def _weighted(of_inputs: Tensor, of_rows: Tensor, rows: int) -> Callable[[int, int, Tensor, Tensor], Tensor]:
+def _weighted(of_inputs: Tensor, of_rows: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """A draw by these weights, None where they cannot be drawn by."""
+    rows, columns = len(of_rows), of_inputs.shape[1]
     sum_GI = of_inputs.cumsum(1)
     per_group = rows // len(sum_GI)
     # A place (a, b) is to be drawn with a probability proportional to of_inputs[group of b, a] * of_rows[b].
     sum_O = (of_rows * sum_GI[:, -1].repeat_interleave(per_group)).cumsum(0)
     if not 0 < float(sum_O[-1]) < torch.inf:
-        return _uniform
+        return None
     # One running sum over all groups, each of which goes from its number to the next.
     shares_GI = sum_GI / sum_GI[:, -1:].where(sum_GI[:, -1:] > 0, 1)
     all_ = (shares_GI + torch.arange(len(sum_GI), device=sum_GI.device)[:, None]).flatten()
 
-    def draw(rows: int, columns: int, u_M: Tensor, v_M: Tensor) -> Tensor:
+    def draw(u_M: Tensor, v_M: Tensor) -> Tensor:
         row_M = _found(sum_O, v_M * sum_O[-1])
         if len(sum_GI) == 1:
             return _found(sum_GI[0], u_M * sum_GI[0, -1]) * rows + row_M

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rwfx.nonzeros import distinct, keys_of, without
+from rwfx.nonzeros import distinct_keys, keys_of, without
 from rwfx.ops.candidates import draw_places, random_signs
 from rwfx.ops.weighted_call import WeightedCall
 
@@ -111,7 +111,7 @@ def _explored(distribution: str) -> Callable[[WeightedCall, Tensor, Tensor], tup
         _, key, draws, _ = state
         if draws:
             weights = EXPLORE[distribution](call, key)
-            drawn = distinct(draw_places(*weights, call.rows, call.columns, int(draws), key, call.x.device))
+            drawn = distinct_keys(draw_places(*weights, call.rows, call.columns, int(draws), key, call.x.device))
         else:
             drawn = torch.arange(call.rows * call.columns, device=call.x.device)
         found = without(drawn, keys_of(call.ccol_indices, call.row_indices, call.rows))

@@ -105,7 +105,7 @@ def _csr_product(starts: Tensor, places: Tensor, values: Tensor, width: int, x_B
         return x_BI @ M.t()
     dtype = _csr_dtype(x_BI.dtype)
     M = _csr(starts, places, values.to(dtype), width)
-    with _as_given(x_BI):
+    with _without_autocast(x_BI):
         return torch.sparse.mm(M, x_BI.t().to(dtype)).t()
 
 
@@ -115,12 +115,12 @@ def _sampled_product(ccol_indices: Tensor, row_indices: Tensor, x_BI: Tensor, g_
     dtype = _csr_dtype(x_BI.dtype)
     nothing = x_BI.new_zeros(len(row_indices), dtype=dtype)
     pattern = _csr(ccol_indices, row_indices, nothing, g_BO.shape[1])
-    with _as_given(x_BI):
+    with _without_autocast(x_BI):
         return torch.sparse.sampled_addmm(pattern, x_BI.t().to(dtype), g_BO.to(dtype), beta=0.0).values()
 
 
-def _as_given(x: Tensor) -> torch.amp.autocast:
-    """Without autocast, which a backward pass may be run in: CSR products are not to be had in its types."""
+def _without_autocast(x: Tensor) -> torch.amp.autocast:
+    """For a backward pass that is run in autocast: CSR products are not to be had in its types."""
     return torch.amp.autocast(x.device.type, enabled=False)
 
 

@@ -15,7 +15,7 @@ from math import ceil
 import torch
 from torch import Generator, Tensor
 
-from rwfx.nonzeros import draw_keys, merged
+from rwfx.nonzeros import draw_keys, merge_keys
 from rwfx.topology.parts import Part
 
 Prune = Callable[[Tensor, int], Tensor]
@@ -35,7 +35,7 @@ def exchanged(part: Part, share: float, prune: Prune, grow: Grow) -> Tensor:
 def replaced(part: Part, pruned: Tensor, grown: Tensor) -> Tensor:
     """The keys without those at the positions ``pruned``, with ``grown``."""
     kept = torch.ones_like(part.keys, dtype=torch.bool).index_fill_(0, pruned, False)
-    return merged(part.keys[kept], grown.sort().values)
+    return merge_keys(part.keys[kept], grown.sort().values)
 
 
 def smallest(values: Tensor, count: int) -> Tensor:

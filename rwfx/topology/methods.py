@@ -80,7 +80,7 @@ def _shrink(parts: Sequence[Part], moment: Moment) -> list[Tensor]:
         stay = int((~part.prunable).sum())
         count = min(len(part.keys), max(1, stay, round(moment.share * part.places)))
         sizes = part.values.abs().masked_fill(~part.prunable, torch.inf)
-        return part.keys[sizes.topk(count).indices].sort().values
+        return part.keys[sizes.topk(count, sorted=False).indices].sort().values
 
     return SCOPES[moment.scope](parts, kept)
 

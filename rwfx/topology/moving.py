@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rwfx.nonzeros import contains
+from rwfx.nonzeros import find_keys
 from rwfx.sparse_weight import SparseWeight
 
 
@@ -38,7 +38,7 @@ class Way(NamedTuple):
     @classmethod
     def between(cls, before: Tensor, after: Tensor) -> "Way":
         """Both sorted and distinct."""
-        return cls(*contains(before, after))
+        return cls(*find_keys(before, after))
 
     def carried(self, numbers: Tensor) -> Tensor:
         """What is at the keys before, at the keys after; 0 where it was nowhere."""

@@ -77,8 +77,10 @@ def draw_scaling(found: Mapping[str, Mapping[str, Mapping[int, Spread]]], about:
         panel.set_title(title)
         _log_axes(panel, widths, "width of each layer")
     panels[0].set_ylabel("milliseconds")
-    handles, names = panels[0].get_legend_handles_labels()
-    finish(figure, path, (f"Growth with the width, {about}", SPREAD), handles, names, columns=3)
+    entries = {
+        name: handle for panel in panels for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    finish(figure, path, (f"Growth with the width, {about}", SPREAD), [*entries.values()], [*entries], columns=3)
 
 
 def draw_convs(found: Mapping[str, Mapping[float, Spread]], path: Path) -> None:
