@@ -57,6 +57,11 @@ def keys_of(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> Tensor:
     return col * rows + row_indices
 
 
+def largest(sizes: Tensor, count: int) -> Tensor:
+    """The places of the ``count`` largest, in order."""
+    return sizes.topk(count, sorted=False).indices.sort().values
+
+
 def without(keys: Tensor, others: Tensor) -> Tensor:
     """Those of ``keys`` that are not among ``others``; both sorted and distinct."""
     return keys[~find_keys(others, keys)[0]]

@@ -20,7 +20,7 @@ from rwfx import native
 from rwfx.arguments import check_choice, check_number
 from rwfx.call_cost import needs_gradient, places_of
 from rwfx.capture import Capture, capture, tape
-from rwfx.nonzeros import check_size, draw_keys
+from rwfx.nonzeros import check_size, draw_keys, largest
 from rwfx.ops.sparse_linear import Asked
 from rwfx.options import common_seed
 from rwfx.passes.dense_weights import dense_weights
@@ -232,7 +232,7 @@ def _sparse_weight(
     if values == "largest":
         full = parameter.detach().t() if line.transposed else parameter.detach()
         by_columns = full.flatten(1).t().reshape(-1)
-        keys = by_columns.abs().topk(count, sorted=False).indices.sort().values
+        keys = largest(by_columns.abs(), count)
         numbers = by_columns[keys]
     else:
         keys = draw_keys(rows, columns, count, generator)

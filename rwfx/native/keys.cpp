@@ -3,9 +3,8 @@
 // Keys are sorted and distinct, so two sets of them are passed side by side; a sort of keys that were drawn goes by their
 // digits; and what lies by columns is dealt to the rows in one pass, in which each row's numbers keep their order.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include "rows.h"
+
 #include <torch/library.h>
 
 #include <algorithm>
@@ -22,7 +21,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t GRAIN = 1 << 15;
 // Bits of a digit: a place for each of its values fits the nearest cache.
 constexpr int DIGIT = 11;
 

@@ -391,20 +391,25 @@ template <class T, bool DX, bool DV>
   }
 }
 
-// The same of a linear layer, whose input is packed and whose input's gradient is handed on as the columns are passed;
-// `x` and `dx` have room for PIECE columns.
+// The same, with the input from a batch and its gradient handed on to one: of a linear layer as the columns are passed,
+// `x` and `dx` having room for PIECE of them, else all columns at once.
 template <class T, bool DX, bool DV, class In, class Out>
 void backward_columns(
     const Plan& plan, const Places& at, const T* values, const In& in, T* x, const T* g, T* dx, const Out& out, T* dv,
     int64_t tile, int64_t begin, int64_t end) {
-  for (int64_t j = begin; j < end; j += PIECE) {
-    const int64_t last = std::min(end, j + PIECE);
+  const int64_t step = plan.each_once ? PIECE : std::max<int64_t>(1, end - begin);
+  for (int64_t j = begin; j < end; j += step) {
+    const int64_t last = std::min(end, j + step);
+    const int64_t channel = plan.each_once ? j : 0, last_channel = plan.each_once ? last : plan.channels;
     if constexpr (DV) {
-      in.pack(tile, j, last, x);
+      in.pack(tile, channel, last_channel, x);
+    }
+    if (DX && !plan.each_once) {
+      std::fill(dx, dx + in_tile<T>(plan), T(0));
     }
     backward_tile<T, DX, DV>(plan, at, values, x, g, dx, dv, j, j, last);
     if constexpr (DX) {
-      out.unpack(tile, j, last, dx);
+      out.unpack(tile, channel, last_channel, dx);
     }
   }
 }
@@ -428,20 +433,7 @@ void backward(
         T* sum = DV ? sums[part].data() : nullptr;
         for (int64_t t = plan.tiles * part / threads; t < plan.tiles * (part + 1) / threads; ++t) {
           grad.pack(t, 0, plan.rows, g);
-          if (plan.each_once) {
-            backward_columns<T, DX, DV>(plan, at, values, in, x, g, dx, out, sum, t, 0, columns);
-            continue;
-          }
-          if constexpr (DV) {
-            in.pack(t, 0, plan.channels, x);
-          }
-          if constexpr (DX) {
-            std::fill(dx, dx + x_size, T(0));
-          }
-          backward_tile<T, DX, DV>(plan, at, values, x, g, dx, sum, 0, 0, columns);
-          if constexpr (DX) {
-            out.unpack(t, 0, plan.channels, dx);
-          }
+          backward_columns<T, DX, DV>(plan, at, values, in, x, g, dx, out, sum, t, 0, columns);
         }
       }
     });

@@ -20,7 +20,7 @@ from torch._library.fake_impl import allocate_size
 
 from rwfx.ops.magnitude import inclusion_probabilities, systematic
 from rwfx.ops.observe import top_rows
-from rwfx.ops.walk import bits, mix, uniform
+from rwfx.ops.walk import bits, filled, mix, uniform
 
 _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define(
@@ -204,8 +204,7 @@ def _blank_examples(needed: Tensor, num_examples: int, count: int, fractions: li
         fraction = next((f for f in fractions if f >= wanted), fractions[-1])
         count = max(1, math.ceil(fraction * num_examples * (1 - 1e-9)))
     blank = torch.full((count,), -1, dtype=torch.int64, device=needed.device)
-    # Filled in: a copy from the CPU is waited for, and no CUDA graph can hold it.
-    return blank, torch.cat([blank.new_full((1,), number) for number in (count, num_examples)])
+    return blank, filled((count, num_examples), blank)
 
 
 _library.impl("blank_examples", _blank_examples, "CompositeExplicitAutograd")

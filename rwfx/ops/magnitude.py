@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
-from rwfx.ops.walk import bits, mix, read_last, uniform
+from rwfx.ops.walk import bits, filled, mix, read_last, uniform
 
 torch.library.define(
     "rwfx::draw_by_norm",
@@ -67,11 +67,11 @@ def draw_by_norm(
         order = torch.cat([bits(key, k, place_O).argsort() for k, place_O in enumerate(places)])
     else:
         chances, order = chances.clone(), order.clone()
-    u = uniform(key, torch.tensor(len(sizes), device=last.device), torch.arange(len(sizes), device=last.device))
+    u = uniform(key, last.new_full((), len(sizes)), torch.arange(len(sizes), device=last.device))
     parts = zip(chances.split(sizes), order.split(sizes), u.unbind(), counts, strict=True)
     rows = [systematic(*part) for part in parts]
     numbered = [part + first for part, first in zip(rows, accumulate(sizes, initial=0), strict=False)]
-    bounds = torch.tensor([*accumulate(counts, initial=0)], device=last.device)
+    bounds = filled(accumulate(counts, initial=0), last)
     next_ = torch.cat([bounds, *numbered, last.new_zeros(sum(sizes) - sum(counts))])
     return [*rows, *_scales(rows, chances.split(sizes), unbiased), chances, order, next_]
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rwfx.nonzeros import distinct_keys, keys_of, without
+from rwfx.nonzeros import distinct_keys, keys_of, largest, without
 from rwfx.ops.candidates import draw_places, random_signs
 from rwfx.ops.weighted_call import WeightedCall
 
@@ -124,7 +124,7 @@ def _largest(call: WeightedCall, state: Tensor, keys: Tensor) -> tuple[Tensor, T
     gradient = call.dense_gradient()
     taken = keys_of(call.ccol_indices, call.row_indices, call.rows)
     magnitude = gradient.abs().index_fill_(0, taken, -1)
-    found = magnitude.topk(min(int(state[2]), len(gradient) - len(taken)), sorted=False).indices.sort().values
+    found = largest(magnitude, min(int(state[2]), len(gradient) - len(taken)))
     return found, gradient[found]
 
 

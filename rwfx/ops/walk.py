@@ -16,7 +16,7 @@ asked for.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -146,9 +146,8 @@ def walk(
     parts = first_R.split(sizes)
     rows = [_of_priority(*of, num_paths, key) for of in zip(parts, exactly, streams, strict=True)]
     numbered = [part + first for part, first in zip(rows, accumulate(sizes, initial=0), strict=False)]
-    # Filled in, not copied from the CPU, which would be waited for and which no CUDA graph can hold.
-    bounds = [last.new_full((1,), bound) for bound in accumulate(exactly, initial=0)]
-    next_ = torch.cat([*bounds, *numbered, last.new_zeros(sum(sizes) - sum(exactly))])
+    bounds = filled(accumulate(exactly, initial=0), last)
+    next_ = torch.cat([bounds, *numbered, last.new_zeros(sum(sizes) - sum(exactly))])
     if again is not None:
         next_ = torch.where(again, last, next_)
     rows = next_[len(sizes) + 1 :].split([*exactly, sum(sizes) - sum(exactly)])
@@ -343,10 +342,18 @@ def _visited(
             parts[k][_of_priority(first_R.split(list(sizes))[k], counts[k], streams[k], num_paths, key)] = True
     # Not nonzero, which would ask the device once more how many there are.
     numbers = seen_R.logical_not().sort(stable=True).indices[: sum(counts)]
-    bounds = torch.tensor(list(accumulate(counts, initial=0)), device=first_R.device)
+    bounds = filled(accumulate(counts, initial=0), numbers)
     last = torch.cat([bounds, numbers, numbers.new_zeros(len(seen_R) - len(numbers))])
     firsts = accumulate(sizes, initial=0)
     return [part - first for part, first in zip(numbers.split(counts), firsts, strict=False)], last
+
+
+def filled(numbers: Iterable[int], like: Tensor) -> Tensor:
+    """The numbers as ``like`` has them, where it is.
+
+    Filled in, not copied from the CPU, which would be waited for and which no CUDA graph can hold.
+    """
+    return torch.cat([like.new_full((1,), number) for number in numbers])
 
 
 def read_last(last: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from rwfx.nonzeros import largest
 from rwfx.sparsity import deal
 from rwfx.topology.exchange import Prune, at_random, best, exchanged, replaced, smallest, tails
 from rwfx.topology.parts import Part, each, together
@@ -80,7 +81,7 @@ def _shrink(parts: Sequence[Part], moment: Moment) -> list[Tensor]:
         stay = int((~part.prunable).sum())
         count = min(len(part.keys), max(1, stay, round(moment.share * part.places)))
         sizes = part.values.abs().masked_fill(~part.prunable, torch.inf)
-        return part.keys[sizes.topk(count, sorted=False).indices].sort().values
+        return part.keys[largest(sizes, count)]
 
     return SCOPES[moment.scope](parts, kept)
 

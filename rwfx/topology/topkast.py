@@ -27,6 +27,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from rwfx.nonzeros import largest
 from rwfx.ops.probe import FOUND
 from rwfx.sparse_weight import SparseWeight
 from rwfx.topology.moving import Way, move
@@ -107,7 +108,7 @@ class _Explored:
         weight, values = self.weight, self.values.detach()
         self.theta[weight.keys().cpu()] = weight.values.detach().cpu()
         self.theta[self.probe.keys.cpu()] = values.cpu()
-        keys = self.theta.abs().topk(weight.nnz, sorted=False).indices.sort().values
+        keys = largest(self.theta.abs(), weight.nnz)
         explored = self._next_after(keys, len(values))
         new = move(weight, keys.to(values.device), optimizer)
         weight.values.detach().copy_(self.theta[keys])
@@ -118,7 +119,7 @@ class _Explored:
         return new
 
     def _next_after(self, keys: Tensor, count: int) -> Tensor:
-        return self.theta.abs().index_fill_(0, keys, -1).topk(count, sorted=False).indices.sort().values
+        return largest(self.theta.abs().index_fill_(0, keys, -1), count)
 
     def _take_gradient(self, _: Tensor) -> None:
         # Here, so that what scales or clips gradients before the optimizer's step finds it.

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rwfx.arguments import check_choice, check_number
+from rwfx.nonzeros import largest
 from rwfx.ops.probe import EXPLORE
 from rwfx.ops.walk import mix
 from rwfx.options import common_seed
@@ -315,7 +316,7 @@ class Topology:
         agree_on_mean(probe.grads)
         size = probe.grads.abs()
         wanted = float(size[keys].mean())
-        candidates = size.index_fill_(0, keys, -1).topk(self._most(weight), sorted=False).indices.sort().values
+        candidates = largest(size.index_fill_(0, keys, -1), self._most(weight))
         return Part(places, keys, values, candidates, probe.grads[candidates], wanted)
 
 
