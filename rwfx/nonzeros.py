@@ -5,10 +5,10 @@ A *key* is the place of one number, ``column * O + row``. The keys of a weight a
 lie column by column, as in ``torch.sparse_csc``: ``dx = W^T g`` and ``dW`` read them as they lie, and ``y = W x`` by
 rows, through an order kept beside.
 
-``rwfx::index_of``, ``rwfx::find_keys``, ``rwfx::merge_keys`` and ``rwfx::distinct_keys`` are operators: here for every
-device, by sorting and bisection, and on a CPU in ``rwfx/native/keys.cpp``, by a few passes over keys, rows and columns.
+``rwfx::columns_of``, ``rwfx::rows_of`` and ``rwfx::keys_of`` are operators: here for every device, by sorting, and on a
+CPU in ``rwfx/native/keys.cpp``, by a few passes over keys, rows and columns.
 
-Axes: N non-zeros, O rows, I columns, M keys that are asked for.
+Axes: N non-zeros, O rows, I columns.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from rwfx.keys import distinct_keys
+
 _library = torch.library.Library("rwfx", "FRAGMENT")
-_library.define("index_of(Tensor keys, SymInt rows, SymInt columns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-_library.define("find_keys(Tensor keys, Tensor wanted) -> (Tensor, Tensor)")
-_library.define("merge_keys(Tensor keys, Tensor others) -> Tensor")
-_library.define("distinct_keys(Tensor drawn) -> Tensor")
+_library.define("columns_of(Tensor keys, SymInt rows, SymInt columns) -> (Tensor, Tensor)")
+_library.define("rows_of(Tensor ccol_indices, Tensor row_indices, SymInt rows) -> (Tensor, Tensor, Tensor)")
+_library.define("keys_of(Tensor ccol_indices, Tensor row_indices, SymInt rows) -> Tensor")
 
 LARGEST = 2**31 - 1
 """Rows, columns and non-zeros are counted in int32."""
@@ -42,47 +43,23 @@ def index_of(keys: Tensor, rows: int, columns: int) -> Index:
     Raises:
         ValueError: by the kernels, where they see that they are not.
     """
-    return Index(*torch.ops.rwfx.index_of.default(keys, rows, columns))
+    by_columns = columns_of(keys, rows, columns)
+    return Index(*by_columns, *rows_of(*by_columns, rows))
 
 
 def columns_of(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """The index by columns alone, ``ccol_indices`` and ``row_indices``."""
-    return _starts(keys // rows, columns).to(torch.int32), (keys % rows).to(torch.int32)
+    return torch.ops.rwfx.columns_of.default(keys, rows, columns)
+
+
+def rows_of(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The index by rows, from that by columns: ``crow_indices``, ``col_indices`` and ``order``."""
+    return torch.ops.rwfx.rows_of.default(ccol_indices, row_indices, rows)
 
 
 def keys_of(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> Tensor:
     """The keys of an index, ``(N,)`` int64: the inverse of ``index_of``."""
-    counts = ccol_indices.long().diff()
-    col = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(row_indices))
-    return col * rows + row_indices
-
-
-def largest(sizes: Tensor, count: int) -> Tensor:
-    """The places of the ``count`` largest, in order."""
-    return sizes.topk(count, sorted=False).indices.sort().values
-
-
-def without(keys: Tensor, others: Tensor) -> Tensor:
-    """Those of ``keys`` that are not among ``others``; both sorted and distinct."""
-    return keys[~find_keys(others, keys)[0]]
-
-
-def find_keys(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of ``wanted``, ``(M,)`` in any order, are among ``keys``, sorted and distinct, and where.
-
-    Of one that is not there the place is where it would be, or the last: something may be read there.
-    """
-    return torch.ops.rwfx.find_keys.default(keys, wanted)
-
-
-def merge_keys(keys: Tensor, others: Tensor) -> Tensor:
-    """Both together, sorted, of sorted ones."""
-    return torch.ops.rwfx.merge_keys.default(keys, others)
-
-
-def distinct_keys(drawn: Tensor) -> Tensor:
-    """Keys in any order, not negative, sorted and each once."""
-    return torch.ops.rwfx.distinct_keys.default(drawn)
+    return torch.ops.rwfx.keys_of.default(ccol_indices, row_indices, rows)
 
 
 def draw_keys(rows: int, columns: int, count: int, generator: Generator | None = None) -> Tensor:
@@ -127,45 +104,42 @@ def _starts(sorted_or_not: Tensor, size: int) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _index_of(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
-    col, row = keys // rows, keys % rows
+def _columns_of(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    return _starts(keys // rows, columns).to(torch.int32), (keys % rows).to(torch.int32)
+
+
+def _rows_of(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    row = row_indices.long()
     order = row.argsort(stable=True)
-    by_rows = _starts(row, rows), col[order], order
-    return (*columns_of(keys, rows, columns), *(part.to(torch.int32) for part in by_rows))
+    by_rows = _starts(row, rows), _column_of_each(ccol_indices, len(row))[order], order
+    crow_indices, col_indices, order = (part.to(torch.int32) for part in by_rows)
+    return crow_indices, col_indices, order
 
 
-def _find_keys(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    if not len(keys):
-        return torch.zeros_like(wanted, dtype=torch.bool), torch.zeros_like(wanted)
-    place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-    return keys[place] == wanted, place
+def _keys_of(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> Tensor:
+    return _column_of_each(ccol_indices, len(row_indices)) * rows + row_indices
 
 
-def _merge_keys(keys: Tensor, others: Tensor) -> Tensor:
-    return torch.cat([keys, others]).sort().values
+def _column_of_each(ccol_indices: Tensor, count: int) -> Tensor:
+    counts = ccol_indices.long().diff()
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=count)
 
 
-_library.impl("index_of", _index_of, "CompositeExplicitAutograd")
-_library.impl("find_keys", _find_keys, "CompositeExplicitAutograd")
-_library.impl("merge_keys", _merge_keys, "CompositeExplicitAutograd")
-_library.impl("distinct_keys", torch.unique, "CompositeExplicitAutograd")
+_library.impl("columns_of", _columns_of, "CompositeExplicitAutograd")
+_library.impl("rows_of", _rows_of, "CompositeExplicitAutograd")
+_library.impl("keys_of", _keys_of, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("rwfx::index_of", lib=_library)
-def _(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
-    return tuple(keys.new_empty(n, dtype=torch.int32) for n in (columns + 1, len(keys), rows + 1, len(keys), len(keys)))
+@torch.library.register_fake("rwfx::columns_of", lib=_library)
+def _(keys: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    return keys.new_empty(columns + 1, dtype=torch.int32), keys.new_empty(len(keys), dtype=torch.int32)
 
 
-@torch.library.register_fake("rwfx::find_keys", lib=_library)
-def _(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(wanted, dtype=torch.bool), torch.empty_like(wanted)
+@torch.library.register_fake("rwfx::rows_of", lib=_library)
+def _(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    return row_indices.new_empty(rows + 1), torch.empty_like(row_indices), torch.empty_like(row_indices)
 
 
-@torch.library.register_fake("rwfx::merge_keys", lib=_library)
-def _(keys: Tensor, others: Tensor) -> Tensor:
-    return keys.new_empty(len(keys) + len(others))
-
-
-@torch.library.register_fake("rwfx::distinct_keys", lib=_library)
-def _(drawn: Tensor) -> Tensor:
-    return drawn.new_empty(torch.library.get_ctx().new_dynamic_size())
+@torch.library.register_fake("rwfx::keys_of", lib=_library)
+def _(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> Tensor:
+    return torch.empty_like(row_indices, dtype=torch.int64)

@@ -175,7 +175,7 @@ class SparseWeight(nn.Module):
             )
         check_size(self.rows, self.columns, len(keys), "sparse")
         places = self.rows * self.columns
-        if len(keys) and (bool((keys.diff() <= 0).any()) or not 0 <= int(keys[0]) <= int(keys[-1]) < places):
+        if len(keys) and (bool((keys[1:] <= keys[:-1]).any()) or not 0 <= int(keys[0]) <= int(keys[-1]) < places):
             raise ValueError(f"keys must be sorted, without repeats, from 0 to below {places} = {tuple(self.shape)}.")
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:

@@ -20,7 +20,8 @@ from rwfx import native
 from rwfx.arguments import check_choice, check_number
 from rwfx.call_cost import needs_gradient, places_of
 from rwfx.capture import Capture, capture, tape
-from rwfx.nonzeros import check_size, draw_keys, largest
+from rwfx.extremes import largest
+from rwfx.nonzeros import check_size, draw_keys
 from rwfx.ops.sparse_linear import Asked
 from rwfx.options import common_seed
 from rwfx.passes.dense_weights import dense_weights

@@ -1,41 +1,48 @@
-"""Operations on keys: equal to what sets and sorting give, by the kernels and by PyTorch's own operators."""
+"""Operations on keys and numbers by place: what sets and sorting give, by the kernels and by PyTorch's operators."""
+
+import math
 
 import pytest
 import torch
 from torch.library import opcheck
 
-from rwfx import nonzeros
+from rwfx import extremes, keys, nonzeros
 from rwfx.native import ready
+from rwfx.ops import candidates
 
-SHAPES = [(7, 5), (1, 40), (40, 1), (300, 211), (5, 0), (0, 5)]
-BY = ["kernels", "PyTorch"]
+SHAPES = [(7, 5), (1, 40), (40, 1), (300, 211), (1500, 90), (5, 0), (0, 5)]
+FOR_EVERY_DEVICE = {
+    keys: ("replaced", "without", "carried"),
+    nonzeros: ("columns_of", "rows_of", "keys_of"),
+}
+"""Operators whose implementation for every device is called as they are, with an underscore before."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(params=["kernels", "PyTorch"])
 def by(request, monkeypatch):
-    """The operator as it is dispatched, or its implementation for every device."""
-    if getattr(request, "param", None) == "PyTorch":
-        for name, function in {
-            "index_of": lambda *of: nonzeros.Index(*nonzeros._index_of(*of)),
-            "find_keys": nonzeros._find_keys,
-            "merge_keys": nonzeros._merge_keys,
-            "distinct_keys": torch.unique,
-        }.items():
-            monkeypatch.setattr(nonzeros, name, function)
-    elif not ready():
-        pytest.skip("no kernels here")
+    """The operators as they are dispatched, or their implementations for every device."""
+    if request.param == "kernels":
+        if not ready():
+            pytest.skip("no kernels here")
+        return
+    for module, names in FOR_EVERY_DEVICE.items():
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, f"_{name}"))
+    monkeypatch.setattr(keys, "distinct_keys", torch.unique)
+    for name in ("largest", "smallest"):
+        monkeypatch.setattr(extremes, name, lambda of, count, name=name: extremes._extremes(of, count, name[0] == "l"))
 
 
-def keys(rows, columns, share, seed=0):
+def some_keys(rows, columns, share, seed=0):
     every = torch.arange(rows * columns)
     return every[torch.rand(len(every), generator=torch.Generator().manual_seed(seed)) < share]
 
 
-@pytest.mark.parametrize("by", BY, indirect=True)
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.usefixtures("by")
 def test_an_index_has_the_same_places_by_columns_and_by_rows(rows, columns, share):
-    of = keys(rows, columns, share)
+    of = some_keys(rows, columns, share)
     index = nonzeros.index_of(of, rows, columns)
     dense = torch.zeros(columns * rows, dtype=torch.int64).index_fill(0, of, 1).view(columns, rows)
     number = torch.full((columns * rows,), -1).index_put((of,), torch.arange(len(of))).view(columns, rows)
@@ -45,56 +52,148 @@ def test_an_index_has_the_same_places_by_columns_and_by_rows(rows, columns, shar
     for name, found, wanted in zip(index._fields, index, expected, strict=True):
         assert found.dtype == torch.int32, name
         assert found.tolist() == wanted.tolist(), name
+    assert nonzeros.keys_of(index.ccol_indices, index.row_indices, rows).tolist() == of.tolist()
 
 
-@pytest.mark.parametrize("by", BY, indirect=True)
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
-@pytest.mark.parametrize("is_sorted", [True, False])
-def test_keys_are_found_where_they_are(share, is_sorted):
-    of, wanted = keys(211, 400, share), keys(211, 400, 0.6, seed=1)  # more than one thread is given
-    if not is_sorted:
-        wanted = wanted[torch.randperm(len(wanted), generator=torch.Generator().manual_seed(2))]
-    found, place = nonzeros.find_keys(of, wanted)
-    at = {key: n for n, key in enumerate(of.tolist())}
-    assert found.tolist() == [key in at for key in wanted.tolist()]
-    assert place[found].tolist() == [at[key] for key in wanted.tolist() if key in at]
-    assert len(of) == 0 or 0 <= int(place.min()) <= int(place.max()) < len(of)  # of every one something may be read
-    assert nonzeros.without(wanted, of).tolist() == [key for key in wanted.tolist() if key not in at]
+@pytest.mark.usefixtures("by")
+def test_what_is_without_others_is_a_difference_of_sets(share):
+    of, others = some_keys(211, 400, share), some_keys(211, 400, 0.6, seed=1)
+    for a, b in ((of, others), (others, of)):
+        assert keys.without(a, b).tolist() == sorted(set(a.tolist()) - set(b.tolist()))
 
 
-@pytest.mark.parametrize("by", BY, indirect=True)
-@pytest.mark.parametrize("shares", [(0.3, 0.3), (0.0, 0.4), (0.4, 0.0), (0.0, 0.0)], ids=str)
-def test_sorted_keys_are_merged(shares):
-    of, others = (keys(50, 40, share, seed) for seed, share in enumerate(shares))
-    assert nonzeros.merge_keys(of, others).tolist() == sorted(of.tolist() + others.tolist())
+@pytest.mark.parametrize(("share", "gone"), [(0.3, 0.2), (0.0, 0.0), (0.3, 0.0), (0.3, 1.0), (0.9, 0.5)])
+@pytest.mark.parametrize("grown", [0.0, 0.2, 1.0])
+@pytest.mark.usefixtures("by")
+def test_what_is_pruned_goes_and_what_is_grown_comes_in_its_place(share, gone, grown):
+    of = some_keys(211, 800, share)  # for several threads
+    pruned, wanted = some_keys(1, len(of), gone, seed=1), some_keys(211, 800, grown, seed=2)
+    wanted = keys.without(wanted, of)
+    kept = set(of.tolist()) - {of[n].item() for n in pruned}
+    assert keys.replaced(of, pruned, wanted).tolist() == sorted(kept | set(wanted.tolist()))
 
 
-@pytest.mark.parametrize("by", BY, indirect=True)
-@pytest.mark.parametrize("largest", [1, 2, 2**11, 2**11 + 1, 2**31, 2**62])
-@pytest.mark.parametrize("count", [0, 1, 5000])
+@pytest.mark.parametrize("largest", [1, 2, 2**9, 2**9 + 1, 2**31, 2**62])
+@pytest.mark.parametrize("count", [0, 1, 5000, 100_000])
+@pytest.mark.usefixtures("by")
 def test_what_is_drawn_twice_is_there_once(count, largest):
     drawn = torch.randint(largest, (count,), generator=torch.Generator().manual_seed(0))
-    assert nonzeros.distinct_keys(torch.cat([drawn, drawn])).tolist() == sorted(set(drawn.tolist()))
+    assert keys.distinct_keys(torch.cat([drawn, drawn])).tolist() == sorted(set(drawn.tolist()))
+
+
+@pytest.mark.usefixtures("by")
+def test_a_key_that_is_drawn_far_more_often_than_others_is_there_once():
+    drawn = torch.cat([torch.full((50_000,), 12345), torch.tensor([0, 2**40])])
+    assert keys.distinct_keys(drawn).tolist() == [0, 12345, 2**40]
+
+
+@pytest.mark.parametrize("shares", [(0.3, 0.35), (0.0, 0.4), (0.4, 0.0), (0.9, 0.02), (0.02, 0.9)], ids=str)
+@pytest.mark.usefixtures("by")
+def test_numbers_are_carried_to_the_keys_after(shares):
+    before, after = (some_keys(211, 400, share, seed) for seed, share in enumerate(shares))  # for several threads
+    kinds = torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool
+    numbers = [torch.randn(len(before)).mul(9).to(kind) for kind in kinds]
+    numbers[0][::7] = math.nan  # what is not carried is 0, whatever there was
+    found, new = keys.carried(before, after, numbers)
+    place = {key: n for n, key in enumerate(before.tolist())}
+    for kind, of, to in zip(kinds, numbers, found, strict=True):
+        wanted = [of[place[key]] if key in place else of.new_zeros(()) for key in after.tolist()]
+        assert to.dtype == kind
+        assert torch.equal(to.nan_to_num(77), torch.stack(wanted).nan_to_num(77) if wanted else of[:0])
+    assert int(new) == len(set(after.tolist()) - place.keys())
+    assert keys.carried(before, after, [])[0] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (9, 0), (9, 9), (1000, 100), (100_000, 20_000), (100_000, 99_999)])
+@pytest.mark.usefixtures("by")
+def test_extremes_are_the_largest_and_the_smallest_in_the_order_of_their_places(size, count, dtype):
+    numbers = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for take, largest in ((extremes.largest, True), (extremes.smallest, False)):
+        places = take(numbers, count)
+        assert (places.diff() > 0).all()
+        wanted = numbers.sort(descending=largest).values[:count]
+        assert torch.equal(numbers[places].sort(descending=largest).values, wanted)
+
+
+@pytest.mark.usefixtures("by")
+def test_infinities_and_nan_are_as_large_as_for_topk():
+    numbers = torch.tensor([1.0, -math.inf, math.nan, 0.0, -1e-45, math.inf, 1e-45, -2.0])
+    assert extremes.largest(numbers, 3).tolist() == [0, 2, 5]
+    assert extremes.largest(numbers, 1).tolist() == [2]
+    assert extremes.smallest(numbers, 3).tolist() == [1, 4, 7]
+    assert extremes.smallest(numbers, 7).tolist() == [0, 1, 3, 4, 5, 6, 7]
+
+
+def test_of_equal_numbers_the_first_are_taken():
+    if not ready():
+        pytest.skip("no kernels here")
+    numbers = torch.tensor([2.0, 1.0, 2.0, 3.0, 2.0, 1.0])
+    assert extremes.largest(numbers, 3).tolist() == [0, 2, 3]
+    assert extremes.smallest(numbers, 3).tolist() == [0, 1, 5]
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["alike", "skewed"])
+def test_kernels_draw_what_pytorch_draws(groups, kind):
+    if not ready():
+        pytest.skip("no kernels here")
+    rows, columns, count, key = 300, 70, 100_000, torch.tensor(77)
+    sums = None, None
+    if groups:
+        of_inputs, of_rows = torch.rand(groups, columns), torch.rand(rows)
+        if kind == "skewed":
+            of_inputs, of_rows = of_inputs**30, of_rows**30
+            of_inputs[:, 3:9] = of_inputs[:, -1] = of_rows[:5] = of_rows[-3:] = 0
+        sums = candidates._sums(of_inputs.double(), of_rows.double())
+    wanted = candidates._draw_places(key, *sums, rows, columns, count)
+    assert torch.equal(torch.ops.rwfx.draw_places(key, *sums, rows, columns, count), wanted)
 
 
 def test_the_operators_keep_their_promises():
-    of, others = keys(7, 5, 0.4), keys(7, 5, 0.5, seed=1)
-    ops = torch.ops.rwfx
-    opcheck(ops.index_of.default, (of, 7, 5))
-    for op in (ops.find_keys, ops.merge_keys):
-        opcheck(op.default, (of, others))
-    opcheck(ops.distinct_keys.default, (torch.cat([of, of]),))
+    of, others, ops = some_keys(7, 5, 0.4), some_keys(7, 5, 0.5, seed=1), torch.ops.rwfx
+    ccol, row, *_ = nonzeros.index_of(of, 7, 5)
+    sums = candidates._sums(torch.rand(1, 5).double(), torch.rand(7).double())
+    for op, arguments in (
+        (ops.columns_of, (of, 7, 5)),
+        (ops.rows_of, (ccol, row, 7)),
+        (ops.keys_of, (ccol, row, 7)),
+        (ops.replaced, (of, torch.tensor([0, 2]), keys.without(others, of))),
+        (ops.without, (of, others)),
+        (ops.distinct_keys, (torch.cat([of, of]),)),
+        (ops.carried, (of, others, [torch.rand(len(of)), of.clone()])),
+        (ops.extremes, (torch.rand(9), 4, True)),
+        (ops.draw_places, (torch.tensor(5), None, None, 7, 5, 20)),
+        (ops.draw_places, (torch.tensor(5), *sums, 7, 5, 20)),
+    ):
+        opcheck(op.default, arguments)
 
 
-def test_keys_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="beyond the 7 rows and 5 columns"):
-        nonzeros.index_of(torch.tensor([3, 35]), 7, 5)
-    with pytest.raises(ValueError, match="int32 cannot count 5 rows, -1 columns and 1 keys"):
-        nonzeros.index_of(torch.tensor([0]), 5, -1)
-    for wrong in ([9, 3], [-1]):
-        with pytest.raises(ValueError, match="sorted and not negative"):
-            nonzeros.index_of(torch.tensor(wrong), 7, 5)
-    with pytest.raises(ValueError, match="not be negative, got -1"):
-        nonzeros.distinct_keys(torch.tensor([-1]))
-    with pytest.raises(ValueError, match="one-dimensional int64 tensor, got Float of shape"):
-        nonzeros.distinct_keys(torch.tensor([1.0]))
+@pytest.mark.skipif(not ready(), reason="no kernels here")
+def test_what_does_not_fit_is_refused():
+    def refuses(said, call, *arguments):
+        with pytest.raises(ValueError, match=said):
+            call(*arguments)
+
+    refuses("beyond the 7 rows and 5 columns", nonzeros.index_of, torch.tensor([3, 35]), 7, 5)
+    refuses("beyond the 7 rows and 0 columns", nonzeros.index_of, torch.tensor([0]), 7, 0)
+    refuses("int32 cannot count 5 rows, -1 columns and 1 keys", nonzeros.index_of, torch.tensor([0]), 5, -1)
+    for wrong in ([9, 3], [-1], [-1, 3]):
+        refuses("sorted and not negative", nonzeros.index_of, torch.tensor(wrong), 7, 5)
+    row, *starts = (torch.tensor(of, dtype=torch.int32) for of in ([0, 1, 3], [0, 3], [1, 3], [0, 4, 1, 3], [0, 9], []))
+    for wrong in starts[1:]:
+        refuses("begin at 0 and end at its 3 numbers", nonzeros.rows_of, wrong, row, 4)
+    refuses("row 3 is not one of 3", nonzeros.rows_of, starts[0], row, 3)
+    refuses("one-dimensional int32 tensors, got Long of shape", nonzeros.keys_of, torch.tensor([0]), row, 3)
+    for pruned in ([2], [-1], [0, 0], [1, 0]):
+        refuses("positions of 2 keys", keys.replaced, torch.tensor([4, 7]), torch.tensor(pruned), torch.tensor([5]))
+    refuses("grown must be sorted", keys.replaced, torch.tensor([4, 7]), torch.tensor([1]), torch.tensor([9, 5]))
+    refuses("not be negative, got -1", keys.distinct_keys, torch.tensor([-1]))
+    refuses("one-dimensional int64 tensor, got Float of shape", keys.distinct_keys, torch.tensor([1.0]))
+    refuses("a number for each of 2 keys", keys.carried, torch.tensor([1, 2]), torch.tensor([1]), [torch.ones(3)])
+    refuses("numbers of ComplexDouble", keys.carried, *[torch.tensor([1])] * 2, [torch.ones(1, dtype=torch.cdouble)])
+    refuses("no 3 extremes of numbers of Float", extremes.largest, torch.ones(2), 3)
+    refuses("numbers of Long", extremes.largest, torch.ones(2, dtype=torch.int64), 1)
+    sums = torch.ones(2, 5).double(), torch.ones(7).double()
+    refuses("are not of 7 rows and 5 columns", torch.ops.rwfx.draw_places, torch.tensor(5), *sums, 7, 5, 3)

@@ -32,8 +32,9 @@ SOURCES = (
     "optim.cpp",
     "sparse.cpp",
     "keys.cpp",
+    "candidates.cpp",
 )
-HEADERS = ("random.h", "draw.h", "rows.h", "vectors.h", "packing.h", "sparse_products.h")
+HEADERS = ("random.h", "draw.h", "rows.h", "memory.h", "vectors.h", "packing.h", "sparse_products.h")
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 

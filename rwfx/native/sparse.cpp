@@ -216,7 +216,7 @@ Tensor sparse_linear(
   auto sizes = x.sizes().vec();
   sizes.back() = rows;
   const Tensor x_BI = x.reshape({-1, columns}).to(type_for(x));
-  const Tensor y = at::empty({x_BI.size(0), rows}, x_BI.options());
+  const Tensor y = fresh({x_BI.size(0), rows}, x_BI.options());
   AT_DISPATCH_FLOATING_TYPES(type_for(x), "rwfx::sparse_linear", [&] {
     using T = scalar_t;
     const Plan plan = linear_plan<T>(x_BI.size(0), columns, rows, columns);
@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor> sparse_linear_backward(
   const Tensor x_BI = x.reshape({-1, columns}).to(type), g_BO = g.reshape({-1, rows}).to(type);
   TORCH_CHECK_VALUE(
       g_BO.size(0) == x_BI.size(0), "g has the shape ", g.sizes(), " and x the shape ", x.sizes(), ".");
-  Tensor dx = at::empty({needs_dx ? x_BI.size(0) : 0, columns}, x_BI.options());
+  Tensor dx = fresh({needs_dx ? x_BI.size(0) : 0, columns}, x_BI.options());
   Tensor dv = at::empty({0}, values.options());
   if (by == "dense") {
     if (needs_dx) {
@@ -271,7 +271,7 @@ Tensor sparse_conv(
     return at::convolution(x, full, b, stride, padding, dilation, false, {0, 0}, groups).contiguous();
   }
   const int64_t height = out_size(x.size(2), options, 0), width = out_size(x.size(3), options, 1);
-  const Tensor in = x.to(type_for(x)), y = at::empty({x.size(0), rows, height, width}, in.options());
+  const Tensor in = x.to(type_for(x)), y = fresh({x.size(0), rows, height, width}, in.options());
   AT_DISPATCH_FLOATING_TYPES(type_for(x), "rwfx::sparse_conv", [&] {
     using T = scalar_t;
     multiply<T>(
@@ -302,7 +302,7 @@ std::tuple<Tensor, Tensor> sparse_conv_backward(
     dv = needs_dv ? values_of(std::get<1>(found).flatten(1), ccol, row, values.scalar_type()) : dv;
   } else if (needs_dx || needs_dv) {
     const Tensor in = x.to(type_for(x)), grad = g.to(type_for(x));
-    const Tensor to = needs_dx ? at::empty(x.sizes(), in.options()) : in;  // which is not written to then
+    const Tensor to = needs_dx ? fresh(x.sizes(), in.options()) : in;  // which is not written to then
     AT_DISPATCH_FLOATING_TYPES(type_for(x), "rwfx::sparse_conv_backward", [&] {
       using T = scalar_t;
       dv = multiply_back<T>(

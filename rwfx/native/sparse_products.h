@@ -15,18 +15,14 @@
 
 #pragma once
 
+#include "memory.h"
 #include "vectors.h"
 
 #include <ATen/Parallel.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -233,64 +229,6 @@ inline std::vector<int64_t> shares(const int32_t* starts, int64_t size, int64_t 
   }
   return bounds;
 }
-
-// Memory in large pages, where the system gives them to who asks: blocks are read in no order, and of small pages there
-// are more in a tile than a processor remembers the places of.
-class LargePages {
- public:
-  LargePages() = default;
-  explicit LargePages(int64_t bytes) : bytes_((bytes + PAGE - 1) / PAGE * PAGE), at_(std::aligned_alloc(PAGE, bytes_)) {
-    if (!at_) {
-      throw std::bad_alloc();
-    }
-#ifdef MADV_HUGEPAGE
-    madvise(at_.get(), bytes_, MADV_HUGEPAGE);
-#endif
-  }
-  int64_t bytes() const {
-    return bytes_;
-  }
-  void* data() {
-    return at_.get();
-  }
-
- private:
-  static constexpr int64_t PAGE = int64_t(1) << 21;
-  struct Free {
-    void operator()(void* at) const {
-      std::free(at);
-    }
-  };
-  int64_t bytes_ = 0;
-  std::unique_ptr<void, Free> at_;
-};
-
-// Memory for one tile, which a thread keeps: new pages cost more than a sparse product.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t size) {
-    const int64_t bytes = size * static_cast<int64_t>(sizeof(T));
-    if (bytes > MOST_KEPT) {
-      own_ = LargePages(bytes);
-    } else if (bytes > kept().bytes()) {
-      kept() = LargePages(bytes);
-    }
-    data_ = static_cast<T*>(own_.bytes() ? own_.data() : kept().data());
-  }
-  T* data() {
-    return data_;
-  }
-
- private:
-  static constexpr int64_t MOST_KEPT = int64_t(1) << 25;  // bytes
-  static LargePages& kept() {
-    static thread_local LargePages memory;
-    return memory;
-  }
-  LargePages own_;
-  T* data_;
-};
 
 // Whether threads take tiles each for itself: else they share every tile's rows or columns. A linear layer's tiles, of
 // `size` numbers each, are read in no order: then those of all threads together may be as large as one.

@@ -4,15 +4,12 @@ In: how much each input and each output weighs, ``f`` and ``q``. Out: the places
 probability ``f[a]`` and a row ``b`` with probability ``q[b]``, independently, so it takes time in proportion to inputs,
 outputs and draws, and not to the product of the first two (Heddes et al. 2024).
 
-Each number is found in the running sums by bisection: ``log`` of their length in place of the constant of Walker's
-alias method, whose tables are made one entry after the other. What is drawn is a function of a key alone
-(``rwfx.ops.walk.mix``).
+Each number is found in running sums, in constant time on a CPU (``rwfx/native/candidates.cpp`` keeps where a search
+begins, in place of Walker's alias method, whose tables are made one entry after the other) and by bisection elsewhere.
+What is drawn is a function of a key alone (``rwfx.ops.walk.mix``).
 
 Axes: I columns and O rows of the weight, G groups, M draws.
 """
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +20,13 @@ COLUMN, ROW, SIGN = range(3)
 """The streams under a key."""
 
 AT_ONCE = 1 << 17
-"""Draws that a CPU makes at once."""
+"""Draws that a CPU makes at once without kernels."""
+
+_library = torch.library.Library("rwfx", "FRAGMENT")
+_library.define(
+    "draw_places(Tensor key, Tensor? sums_of_inputs, Tensor? sums_of_rows, SymInt rows, SymInt columns, SymInt count) "
+    "-> Tensor"
+)
 
 
 def draw_places(
@@ -44,44 +47,44 @@ def draw_places(
 
     Where the weights are all zero, or not all finite, draws are uniform.
     """
-    draw = partial(_uniform, rows, columns)
+    sums = None, None
     if of_inputs is not None and of_rows is not None:
-        draw = _weighted(of_inputs.double(), of_rows.double()) or draw
-    number_M = torch.arange(count, device=device)
-    # On a CPU by as many as the caches hold: each number passes through some twenty operations.
-    parts = number_M.split(AT_ONCE) if device.type == "cpu" else (number_M,)
-    return torch.cat([
-        draw(*(uniform(key, part.new_tensor(stream), part) for stream in (COLUMN, ROW)))
-        for part in parts
-    ])  # fmt: skip
+        sums = _sums(of_inputs.double(), of_rows.double()) or sums
+    return torch.ops.rwfx.draw_places.default(key.to(device), *sums, rows, columns, count)
 
 
-def _uniform(rows: int, columns: int, u_M: Tensor, v_M: Tensor) -> Tensor:
-    return (u_M * columns).long() * rows + (v_M * rows).long()
+def _sums(of_inputs: Tensor, of_rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The running shares of a group's inputs, from the group's number to the next, and of the rows, from 0 to 1.
 
-
-def _weighted(of_inputs: Tensor, of_rows: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """A draw by these weights, None where they cannot be drawn by."""
-    rows, columns = len(of_rows), of_inputs.shape[1]
+    None where weights cannot be drawn by.
+    """
     sum_GI = of_inputs.cumsum(1)
-    per_group = rows // len(sum_GI)
+    total_G = sum_GI[:, -1]
     # A place (a, b) is to be drawn with a probability proportional to of_inputs[group of b, a] * of_rows[b].
-    sum_O = (of_rows * sum_GI[:, -1].repeat_interleave(per_group)).cumsum(0)
+    sum_O = (of_rows * total_G.repeat_interleave(len(of_rows) // len(total_G))).cumsum(0)
     if not 0 < float(sum_O[-1]) < torch.inf:
         return None
-    # One running sum over all groups, each of which goes from its number to the next.
-    shares_GI = sum_GI / sum_GI[:, -1:].where(sum_GI[:, -1:] > 0, 1)
-    all_ = (shares_GI + torch.arange(len(sum_GI), device=sum_GI.device)[:, None]).flatten()
+    shares_GI = sum_GI / total_G.where(total_G > 0, 1)[:, None]
+    return shares_GI + torch.arange(len(total_G), device=total_G.device)[:, None], sum_O / sum_O[-1]
 
-    def draw(u_M: Tensor, v_M: Tensor) -> Tensor:
-        row_M = _found(sum_O, v_M * sum_O[-1])
-        if len(sum_GI) == 1:
-            return _found(sum_GI[0], u_M * sum_GI[0, -1]) * rows + row_M
-        group_M = row_M // per_group
-        column_M = (_found(all_, u_M + group_M) - group_M * columns).clamp_(0, columns - 1)
-        return column_M * rows + row_M
 
-    return draw
+def _draw_places(
+    key: Tensor, sums_GI: Tensor | None, sum_O: Tensor | None, rows: int, columns: int, count: int
+) -> Tensor:
+    number_M = torch.arange(count, device=key.device)
+    # On a CPU by as many as the caches hold: each number passes through some twenty operations.
+    parts = number_M.split(AT_ONCE) if key.device.type == "cpu" else (number_M,)
+    drawn = []
+    for part in parts:
+        u_M, v_M = (uniform(key, part.new_tensor(stream), part) for stream in (COLUMN, ROW))
+        if sums_GI is None or sum_O is None:
+            drawn.append((u_M * columns).long() * rows + (v_M * rows).long())
+            continue
+        row_M = _found(sum_O, v_M)
+        group_M = row_M // (rows // len(sums_GI))
+        column_M = _found(sums_GI.flatten(), u_M + group_M) - group_M * columns
+        drawn.append(column_M.clamp_(0, columns - 1) * rows + row_M)
+    return torch.cat(drawn)
 
 
 def random_signs(key: Tensor, count: int, device: torch.device) -> Tensor:
@@ -93,3 +96,11 @@ def random_signs(key: Tensor, count: int, device: torch.device) -> Tensor:
 def _found(sums: Tensor, at: Tensor) -> Tensor:
     """The first entry whose running sum is above ``at``: never one that weighs nothing."""
     return torch.searchsorted(sums, at, right=True).clamp_(max=len(sums) - 1)
+
+
+_library.impl("draw_places", _draw_places, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rwfx::draw_places", lib=_library)
+def _(key: Tensor, sums_GI: Tensor | None, sum_O: Tensor | None, rows: int, columns: int, count: int) -> Tensor:
+    return key.new_empty(count)

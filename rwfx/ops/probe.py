@@ -22,7 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rwfx.nonzeros import distinct_keys, keys_of, largest, without
+from rwfx.extremes import largest
+from rwfx.keys import distinct_keys, without
+from rwfx.nonzeros import keys_of
 from rwfx.ops.candidates import draw_places, random_signs
 from rwfx.ops.weighted_call import WeightedCall
 

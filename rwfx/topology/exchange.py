@@ -15,32 +15,30 @@ from math import ceil
 import torch
 from torch import Generator, Tensor
 
-from rwfx.nonzeros import draw_keys, merge_keys
+from rwfx.extremes import largest, smallest
+from rwfx.keys import replaced
+from rwfx.nonzeros import draw_keys
 from rwfx.topology.parts import Part
 
 Prune = Callable[[Tensor, int], Tensor]
-"""Which ``k`` of the values are pruned, as positions."""
+"""Which ``k`` of the values are pruned, as positions in order."""
 
 Grow = Callable[[Part, int], Tensor]
-"""Which keys are grown, at most ``k``."""
+"""Which keys are grown, sorted, at most ``k``."""
 
 
 def exchanged(part: Part, share: float, prune: Prune, grow: Grow) -> Tensor:
     """The part's keys after an exchange, sorted."""
-    prunable = part.prunable.nonzero().flatten()
-    grown = grow(part, min(ceil(share * len(part.keys)), len(prunable)))
-    return replaced(part, prunable[prune(part.values[prunable], len(grown))], grown)
+    prunable = part.prunable
+    grown = grow(part, min(ceil(share * len(part.keys)), len(part.values if prunable is None else prunable)))
+    if prunable is None:
+        return replaced(part.keys, prune(part.values, len(grown)), grown)
+    return replaced(part.keys, prunable[prune(part.values[prunable], len(grown))], grown)
 
 
-def replaced(part: Part, pruned: Tensor, grown: Tensor) -> Tensor:
-    """The keys without those at the positions ``pruned``, with ``grown``."""
-    kept = torch.ones_like(part.keys, dtype=torch.bool).index_fill_(0, pruned, False)
-    return merge_keys(part.keys[kept], grown.sort().values)
-
-
-def smallest(values: Tensor, count: int) -> Tensor:
-    """The smallest magnitudes."""
-    return values.abs().topk(count, largest=False, sorted=False).indices
+def smallest_magnitudes(values: Tensor, count: int) -> Tensor:
+    """The values next to zero."""
+    return smallest(values.abs(), count)
 
 
 def tails(values: Tensor, count: int) -> Tensor:
@@ -51,13 +49,13 @@ def tails(values: Tensor, count: int) -> Tensor:
     negative, positive = (values < 0).nonzero().flatten(), (values >= 0).nonzero().flatten()
     of_negative = min(round(count * len(negative) / max(len(values), 1)), len(negative), count)
     of_negative = max(of_negative, count - len(positive))
-    pruned = [part[smallest(values[part], k)] for part, k in ((negative, of_negative), (positive, count - of_negative))]
-    return torch.cat(pruned)
+    of_each = (negative, of_negative), (positive, count - of_negative)
+    return torch.cat([sign[smallest_magnitudes(values[sign], k)] for sign, k in of_each]).sort().values
 
 
 def best(part: Part, count: int) -> Tensor:
     """The candidates with the largest scores."""
-    return part.candidates[part.scores.abs().topk(min(count, len(part.scores)), sorted=False).indices]
+    return part.candidates[largest(part.scores.abs(), min(count, len(part.scores)))]
 
 
 def at_random(generator: Generator) -> Grow:

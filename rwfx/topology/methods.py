@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from rwfx.nonzeros import largest
+from rwfx.extremes import largest
+from rwfx.keys import replaced
 from rwfx.sparsity import deal
-from rwfx.topology.exchange import Prune, at_random, best, exchanged, replaced, smallest, tails
+from rwfx.topology.exchange import Prune, at_random, best, exchanged, smallest_magnitudes, tails
 from rwfx.topology.parts import Part, each, together
 
 
@@ -56,7 +57,7 @@ class Method:
 
 
 def _exchange(parts: Sequence[Part], moment: Moment) -> list[Tensor]:
-    return SCOPES[moment.scope](parts, lambda part: exchanged(part, moment.share, smallest, best))
+    return SCOPES[moment.scope](parts, lambda part: exchanged(part, moment.share, smallest_magnitudes, best))
 
 
 def _exchange_at_random(parts: Sequence[Part], moment: Moment) -> list[Tensor]:
@@ -73,14 +74,14 @@ def _exchange_by_momentum(parts: Sequence[Part], moment: Moment) -> list[Tensor]
     total = min(sum(prunable.values()), sum(free.values()))
     pruned = deal(total, {n: count + TINY for n, count in prunable.items()}, prunable)
     grown = deal(total, {n: (p.wanted if isfinite(p.wanted) else 0) + TINY for n, p in enumerate(parts)}, free)
-    return [replaced(p, smallest(p.values, pruned[n]), best(p, grown[n])) for n, p in enumerate(parts)]
+    return [replaced(p.keys, smallest_magnitudes(p.values, pruned[n]), best(p, grown[n])) for n, p in enumerate(parts)]
 
 
 def _shrink(parts: Sequence[Part], moment: Moment) -> list[Tensor]:
     def kept(part: Part) -> Tensor:
-        stay = int((~part.prunable).sum())
-        count = min(len(part.keys), max(1, stay, round(moment.share * part.places)))
-        sizes = part.values.abs().masked_fill(~part.prunable, torch.inf)
+        stay = part.keys[:0] if part.stay is None else part.stay
+        count = min(len(part.keys), max(1, len(stay), round(moment.share * part.places)))
+        sizes = part.values.abs().index_fill_(0, stay, torch.inf)
         return part.keys[largest(sizes, count)]
 
     return SCOPES[moment.scope](parts, kept)
@@ -90,7 +91,7 @@ TINY = 1e-30
 """Added to shares, so that not all are zero."""
 
 SCOPES = {"layer": each, "global": together}
-PRUNES: Mapping[str, Prune] = {"magnitude": smallest, "tails": tails}
+PRUNES: Mapping[str, Prune] = {"magnitude": smallest_magnitudes, "tails": tails}
 
 METHODS: Mapping[str, Method] = {
     "gse": Method(

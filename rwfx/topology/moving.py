@@ -3,13 +3,13 @@
 Axes: N non-zeros.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rwfx.nonzeros import find_keys
+from rwfx.keys import carried
 from rwfx.sparse_weight import SparseWeight
 
 
@@ -20,36 +20,32 @@ def move(weight: SparseWeight, keys: Tensor, optimizer: Optimizer) -> int:
     What stays keeps its value, its gradient and what the optimizer holds of it. What is new has exactly 0 there. Of as
     many places as before no tensor is replaced.
     """
-    way = Way.between(weight.keys(), keys)
-    values, grad = weight.values, weight.values.grad
-    way.carry_state(optimizer, values)
-    grad = None if grad is None else _in_place(grad, way.carried(grad))
-    weight.move_(keys, way.carried(values))
+    values, states = weight.values, _states_of(optimizer, weight.values)
+    held = [values, *states.values()] if values.grad is None else [values, *states.values(), values.grad]
+    moved, new = carried(weight.keys(), keys, held)
+    grad = None if values.grad is None else _in_place(values.grad, moved.pop())
+    weight.move_(keys, moved.pop(0))
     values.grad = grad
-    return len(keys) - int(way.stays.sum())
+    _put(optimizer, values, states, moved)
+    return int(new)
 
 
-class Way(NamedTuple):
-    """From one set of keys to another."""
+@torch.no_grad()
+def carry_state(optimizer: Optimizer, parameter: Tensor, before: Tensor, after: Tensor) -> None:
+    """Move what the optimizer holds of each number of ``parameter`` from the keys ``before`` to those ``after``."""
+    states = _states_of(optimizer, parameter)
+    _put(optimizer, parameter, states, carried(before, after, list(states.values()))[0])
 
-    stays: Tensor  # (N,) bool: which of the keys after were among those before
-    place: Tensor  # (N,): where they were
 
-    @classmethod
-    def between(cls, before: Tensor, after: Tensor) -> "Way":
-        """Both sorted and distinct."""
-        return cls(*find_keys(before, after))
+def _states_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Every tensor of the parameter's shape, by whatever name: ``momentum_buffer``, ``exp_avg``, ..."""
+    state = optimizer.state.get(parameter, {})
+    return {name: of for name, of in state.items() if isinstance(of, Tensor) and of.shape == parameter.shape}
 
-    def carried(self, numbers: Tensor) -> Tensor:
-        """What is at the keys before, at the keys after; 0 where it was nowhere."""
-        return torch.where(self.stays, numbers[self.place], 0)
 
-    def carry_state(self, optimizer: Optimizer, parameter: Tensor) -> None:
-        """Move every tensor of the parameter's shape, by whatever name: ``momentum_buffer``, ``exp_avg``, ..."""
-        state = optimizer.state.get(parameter, {})
-        for name, part in state.items():
-            if isinstance(part, Tensor) and part.shape == parameter.shape:
-                state[name] = _in_place(part, self.carried(part))
+def _put(optimizer: Optimizer, parameter: Tensor, old: Mapping[str, Tensor], new: Sequence[Tensor]) -> None:
+    for (name, of), to in zip(old.items(), new, strict=True):
+        optimizer.state[parameter][name] = _in_place(of, to)
 
 
 def _in_place(old: Tensor, new: Tensor) -> Tensor:

@@ -34,10 +34,11 @@ class Part:
     """Positions of connections that are not pruned."""
 
     @property
-    def prunable(self) -> Tensor:
-        """``(N,)`` bool: which connections may be pruned."""
-        all_of_them = torch.ones_like(self.keys, dtype=torch.bool)
-        return all_of_them if self.stay is None else all_of_them.index_fill_(0, self.stay, False)
+    def prunable(self) -> Tensor | None:
+        """Positions of the connections that may be pruned, in order; None: all."""
+        if self.stay is None:
+            return None
+        return torch.ones_like(self.keys, dtype=torch.bool).index_fill_(0, self.stay, False).nonzero().flatten()
 
 
 def each(parts: Sequence[Part], choose: Choose) -> list[Tensor]:

@@ -27,10 +27,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from rwfx.nonzeros import largest
+from rwfx.extremes import largest
 from rwfx.ops.probe import FOUND
 from rwfx.sparse_weight import SparseWeight
-from rwfx.topology.moving import Way, move
+from rwfx.topology.moving import carry_state, move
 from rwfx.topology.ranks import agree_on_mean
 
 
@@ -113,7 +113,7 @@ class _Explored:
         new = move(weight, keys.to(values.device), optimizer)
         weight.values.detach().copy_(self.theta[keys])
         before, after = self.probe.keys, explored.to(values.device)
-        Way.between(before, after).carry_state(optimizer, self.values)
+        carry_state(optimizer, self.values, before, after)
         before.copy_(after)
         values.copy_(self.theta[explored])
         return new

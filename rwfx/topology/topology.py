@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rwfx.arguments import check_choice, check_number
-from rwfx.nonzeros import largest
+from rwfx.extremes import largest
 from rwfx.ops.probe import EXPLORE
 from rwfx.ops.walk import mix
 from rwfx.options import common_seed

@@ -1,0 +1,36 @@
+"""The largest and the smallest of many numbers, by place.
+
+``rwfx::extremes`` is an operator: below by ``torch.topk``, and on a CPU in ``rwfx/native/candidates.cpp``, digit by
+digit, in a few passes over the numbers. Of equal numbers at the end the first are taken there, any here. NaN is larger
+than all, as ``torch.topk`` has it.
+
+Axes: N numbers, K that are taken.
+"""
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("rwfx", "FRAGMENT")
+_library.define("extremes(Tensor numbers, SymInt count, bool largest) -> Tensor")
+
+
+def largest(numbers: Tensor, count: int) -> Tensor:
+    """Where the ``count`` largest of ``(N,)`` are: ``(K,)``, in order."""
+    return torch.ops.rwfx.extremes.default(numbers, count, True)
+
+
+def smallest(numbers: Tensor, count: int) -> Tensor:
+    """Where the ``count`` smallest of ``(N,)`` are: ``(K,)``, in order."""
+    return torch.ops.rwfx.extremes.default(numbers, count, False)
+
+
+def _extremes(numbers: Tensor, count: int, largest: bool) -> Tensor:
+    return numbers.topk(count, largest=largest, sorted=False).indices.sort().values
+
+
+_library.impl("extremes", _extremes, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rwfx::extremes", lib=_library)
+def _(numbers: Tensor, count: int, largest: bool) -> Tensor:
+    return numbers.new_empty(count, dtype=torch.int64)

@@ -1,0 +1,196 @@
+// rwfx::draw_places and rwfx::extremes on the CPU: candidates of an update of the topology, and the best of them. The
+// equations of rwfx/ops/candidates.py and rwfx/extremes.py.
+
+#include "random.h"
+#include "rows.h"
+#include "memory.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <functional>
+#include <iterator>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+namespace rwfx {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// ---- Draws.
+
+// Running sums, in which the first above a number is found in constant time on average: numbers fall into as many cells
+// as there are sums, and of each cell it is kept where a search begins (the guide table of Chen & Asau 1974).
+class RunningSums {
+ public:
+  explicit RunningSums(const Tensor& given)
+      : tensor_(given.to(at::kDouble).contiguous()), sums_(tensor_.const_data_ptr<double>()), count_(tensor_.numel()) {
+    TORCH_CHECK_VALUE(count_ > 0, "there are no sums to draw by.");
+    per_number_ = static_cast<double>(count_) / sums_[count_ - 1];
+    first_.resize(count_);
+    int64_t n = 0;
+    for (int64_t cell = 0; cell < count_; ++cell) {
+      while (n + 1 < count_ && cell_of(sums_[n]) < cell) {
+        ++n;
+      }
+      first_[cell] = static_cast<int32_t>(n);
+    }
+  }
+  // The first entry whose sum is above `at`, or the last.
+  int64_t find(double at) const {
+    int64_t n = first_[cell_of(at)];
+    while (n + 1 < count_ && sums_[n] <= at) {
+      ++n;
+    }
+    return n;
+  }
+
+ private:
+  int64_t cell_of(double at) const {
+    return std::min(count_ - 1, static_cast<int64_t>(at * per_number_));
+  }
+  Tensor tensor_;
+  const double* sums_;
+  int64_t count_;
+  double per_number_;
+  std::vector<int32_t> first_;
+};
+
+Tensor draw_places(
+    const Tensor& key, const optional<Tensor>& sums_GI, const optional<Tensor>& sum_O, int64_t rows, int64_t columns,
+    int64_t count) {
+  constexpr uint64_t COLUMN = 0, ROW = 1;  // the streams of rwfx/ops/candidates.py
+  const Uniform uniform{static_cast<uint64_t>(key.item<int64_t>())};
+  const Tensor places = fresh({count}, key.options());
+  int64_t* to = places.mutable_data_ptr<int64_t>();
+  if (!sums_GI || !sum_O) {
+    at::parallel_for(0, count, GRAIN, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        const auto a = static_cast<int64_t>(uniform(COLUMN, m) * static_cast<double>(columns));
+        to[m] = a * rows + static_cast<int64_t>(uniform(ROW, m) * static_cast<double>(rows));
+      }
+    });
+    return places;
+  }
+  TORCH_CHECK_VALUE(
+      sums_GI->dim() == 2 && sums_GI->size(1) == columns && sum_O->numel() == rows && rows % sums_GI->size(0) == 0,
+      "sums of the shapes ", sums_GI->sizes(), " and ", sum_O->sizes(), " are not of ", rows, " rows and ", columns,
+      " columns.");
+  const RunningSums of_inputs(*sums_GI), of_rows(*sum_O);
+  const int64_t per_group = rows / sums_GI->size(0);
+  at::parallel_for(0, count, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t b = of_rows.find(uniform(ROW, m)), group = b / per_group;
+      const int64_t a = of_inputs.find(uniform(COLUMN, m) + static_cast<double>(group)) - group * columns;
+      to[m] = std::clamp<int64_t>(a, 0, columns - 1) * rows + b;
+    }
+  });
+  return places;
+}
+
+// ---- The largest and the smallest.
+
+// An unsigned number for each that is ordered as they are; NaN is above all, as torch.topk has it.
+template <class T>
+auto ordered(T number) {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  constexpr Bits SIGN = Bits(1) << (8 * sizeof(T) - 1);
+  const Bits bits = std::bit_cast<Bits>(number);
+  return number != number ? std::numeric_limits<Bits>::max() : bits & SIGN ? ~bits : bits | SIGN;
+}
+
+constexpr int DIGIT = 11;
+using Counts = std::array<int64_t, 1 << DIGIT>;
+
+// The digit of the last that is taken, of which `left` are taken beside all with larger ones; then how many of it are.
+int64_t last_digit(const Counts& counts, int64_t& left) {
+  int64_t digit = counts.size() - 1;
+  for (; counts[digit] < left; --digit) {
+    left -= counts[digit];
+  }
+  return digit;
+}
+
+// Digit by digit: how many of the numbers have each, and then the same of those alone that have the last one's.
+template <class T>
+Tensor extremes_of(const Tensor& given, int64_t count, bool largest) {
+  using Bits = decltype(ordered(T()));
+  constexpr int BITS = 8 * sizeof(T);
+  const T* numbers = given.const_data_ptr<T>();
+  const int64_t size = given.numel(), threads = at::get_num_threads();
+  const Bits turned = largest ? Bits(0) : ~Bits(0);
+  Scratch<Bits> scratch(size);
+  Bits* rank = scratch.data();
+  std::vector<Counts> of_thread(threads, Counts{});
+  at::parallel_for(0, threads, grain(size / threads + 1), [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t begin = size * k / threads, end = size * (k + 1) / threads;
+      for (int64_t n = begin; n < end; ++n) {
+        rank[n] = ordered(numbers[n]) ^ turned;
+      }
+      Counts other{};  // every second one, so that one number's count does not wait for its neighbour's
+      for (int64_t n = begin; n < end; ++n) {
+        ++(n & 1 ? other : of_thread[k])[rank[n] >> (BITS - DIGIT)];
+      }
+      std::transform(other.begin(), other.end(), of_thread[k].begin(), of_thread[k].begin(), std::plus<int64_t>());
+    }
+  });
+  Counts counts{};
+  for (const Counts& own : of_thread) {
+    std::transform(own.begin(), own.end(), counts.begin(), counts.begin(), std::plus<int64_t>());
+  }
+  int64_t left = count;
+  int shift = BITS - DIGIT;
+  Bits last = static_cast<Bits>(last_digit(counts, left)) << shift;
+  std::vector<Bits> alike;
+  std::copy_if(rank, rank + size, std::back_inserter(alike), [&](Bits bits) { return bits >> shift == last >> shift; });
+  while (shift > 0) {
+    shift = std::max(0, shift - DIGIT);
+    counts.fill(0);
+    for (const Bits bits : alike) {
+      ++counts[(bits >> shift) % counts.size()];
+    }
+    const Bits mask = static_cast<Bits>(counts.size() - 1) << shift;
+    last = (last & ~mask) | static_cast<Bits>(last_digit(counts, left)) << shift;
+    std::erase_if(alike, [&](Bits bits) { return bits >> shift != last >> shift; });
+  }
+  const Tensor places = fresh({count}, given.options().dtype(at::kLong));
+  int64_t* to = places.mutable_data_ptr<int64_t>();
+  int64_t taken = 0;
+  for (int64_t n = 0; taken < count; ++n) {
+    const bool is_equal = (rank[n] == last) & (left > 0);
+    left -= is_equal;
+    to[taken] = n;
+    taken += (rank[n] > last) | is_equal;
+  }
+  return places;
+}
+
+Tensor extremes(const Tensor& numbers, int64_t count, bool largest) {
+  TORCH_CHECK_VALUE(
+      numbers.dim() == 1 && numbers.is_floating_point() && count >= 0 && count <= numbers.numel(), "there are no ",
+      count, " extremes of numbers of ", numbers.scalar_type(), " of the shape ", numbers.sizes(), ".");
+  if (count == 0) {
+    return at::empty({0}, numbers.options().dtype(at::kLong));
+  }
+  // float has the numbers of the half precisions.
+  const Tensor given = numbers.to(numbers.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+  return given.scalar_type() == at::kDouble ? extremes_of<double>(given, count, largest)
+                                            : extremes_of<float>(given, count, largest);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rwfx, CPU, m) {
+  m.impl("draw_places", draw_places);
+  m.impl("extremes", extremes);
+}
+
+}  // namespace rwfx
