@@ -101,23 +101,24 @@ def test_parts_are_taken_in_their_own_order():
         read_parts("memory,stepps")
 
 
-def test_calls_take_turns_and_each_turn_makes_as_many_calls(bar, monkeypatch):
+def test_calls_take_turns_of_as_many_calls_as_take_about_as_long(bar, monkeypatch):
     made = []
     calls = [lambda name=name: made.append(name) for name in "ABC"]
-    monkeypatch.setattr(turns, "calls_a_turn", lambda slowest: 2)
+    counts = iter([2, 1, 4])
+    monkeypatch.setattr(turns, "calls_a_turn", lambda each: next(counts))
     seen = []
     for number, place, _ in turns.take_turns(calls, 3, "cpu", bar):
         if not seen:
             warm_up, made[:] = list(made), made[-3:]
         seen.append((number, place))
     assert seen == [(number, place) for number in range(3) for place in range(3)]
-    assert "".join(made) == "AAABBBCCC" * 3  # one that is not timed and two that are
+    assert "".join(made) == "AAABBCCCCC" * 3  # one that is not timed and those that are
     assert "".join(name for name, _ in itertools.groupby(warm_up)) == "ABCA"  # the last is the first turn
 
 
-@pytest.mark.parametrize(("slowest", "calls"), [(0.01, 100), (30.0, 5), (140.0, 1), (400.0, 1)])
-def test_a_turn_takes_about_150_milliseconds(slowest, calls):
-    assert turns.calls_a_turn(slowest) == calls
+@pytest.mark.parametrize(("each", "calls"), [(0.01, 100), (30.0, 5), (140.0, 1), (400.0, 1)])
+def test_a_turn_takes_about_150_milliseconds(each, calls):
+    assert turns.calls_a_turn(each) == calls
 
 
 def test_the_time_of_a_turn_is_that_of_one_call(monkeypatch):

@@ -85,13 +85,17 @@ def test_the_table_gives_ratios_of_the_same_round():
 
 def test_an_update_is_what_a_step_with_one_takes_above_a_step_of_the_same_round():
     turns = [
-        ScalingTurn(width, 2, 4, 10, kind, number, milliseconds)
-        for width, scale in ((8, 1), (16, 2))
+        ScalingTurn(width, 2, 4, 10, method, kind, number, milliseconds)
+        for method, start, widths in (("gse", 1, (8, 16)), ("rigl", 2, (8,)))
+        for width in widths
         for number in (0, 1)
-        for kind, milliseconds in (("step", scale * (1 + number)), ("gse", scale * (3 + number)))
+        for kind, milliseconds in (
+            ("step", width / 8 * (start + number)),
+            (method, width / 8 * (start + 2 + number)),
+        )
     ]
     found = sparse_scaling.series(turns)
-    assert found == {"step": {8: [1, 2], 16: [2, 4]}, "gse": {8: [2, 2], 16: [4, 4]}}
+    assert found == {"step": {8: [1, 2], 16: [2, 4]}, "gse": {8: [2, 2], 16: [4, 4]}, "rigl": {8: [2, 2]}}
     last = sparse_scaling.table(plan(), found).splitlines()[3]
     assert last.count("2.00 [2.00 - 2.00]") == 2
 
@@ -100,6 +104,8 @@ def test_the_dense_gradient_of_rigl_is_no_larger_than_it_may_be():
     turns = sparse_scaling.measure(plan(), 4, progress=False)
     assert {of.width for of in turns if of.contender == "rigl"} == {8, 16}
     assert {of.width for of in turns if of.contender == "gse"} == {8, 16, 32}
+    for method in ("gse", "rigl"):  # each has its own steps beside it
+        assert {of.contender for of in turns if of.method == method} == {"step", method}
     assert {of.nonzeros / of.width for of in turns} == {4}
 
 

@@ -154,7 +154,7 @@ Tensor multiply_back(
     const Plan& plan, const Places& at, const Tensor& values, const In& in, const Grad& grad, const Out& out,
     bool needs_dx, bool needs_dv) {
   const Tensor v = values.to(c10::CppTypeToScalarType<T>::value).contiguous();
-  Tensor dv = at::zeros({needs_dv ? v.numel() : 0}, v.options());
+  Tensor dv = fresh({needs_dv ? v.numel() : 0}, v.options()).zero_();
   const auto run = !needs_dx ? backward<T, false, true, In, Grad, Out>
       : needs_dv             ? backward<T, true, true, In, Grad, Out>
                              : backward<T, true, false, In, Grad, Out>;

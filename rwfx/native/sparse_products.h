@@ -279,13 +279,14 @@ void forward(const Plan& plan, const Places& at, const T* values, const T* bias,
   const int64_t threads = at::get_num_threads(), nnz = at.crow[plan.rows];
   const int64_t x_size = in_tile<T>(plan), row = plan.out_places * LANES<T>;
   // By rows, once: every tile reads them one after the other then.
-  const std::unique_ptr<T[]> by_rows(new T[nnz]);
+  const at::Tensor memory = fresh({nnz}, c10::CppTypeToScalarType<T>::value);
+  T* by_rows = memory.mutable_data_ptr<T>();
   at::parallel_for(0, nnz, 1 << 14, [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; ++n) {
       by_rows[n] = values[at.order[n]];
     }
   });
-  values = by_rows.get();
+  values = by_rows;
   if (by_tiles<T>(plan, x_size)) {
     at::parallel_for(0, plan.tiles, 1, [&](int64_t from, int64_t to) {
       Scratch<T> scratch(x_size + (plan.each_once ? PIECE : plan.rows) * row);

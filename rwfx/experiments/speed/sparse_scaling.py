@@ -1,14 +1,16 @@
 """How an always-sparse step, and an update of its topology, grow with the width, at a fixed number of non-zeros a row.
 
 In: a ``Plan``. Out: ``always_sparse_scaling.csv``, a figure and a table per batch size. At every width turns are taken
-by the *step* of a sparse perceptron, and by steps after each of which GSE, or RigL, updates the topology. What such a
-step takes above the plain one, pair by pair, is an *update*: finding the candidates and their gradients in the backward
-pass, and moving the non-zeros. RigL makes a dense gradient of one weight at a time, as far as it may be as large.
+by the *step* of a sparse perceptron, and by steps after each of which GSE updates the topology. What such a step takes
+above the plain one, pair by pair, is an *update*: finding the candidates and their gradients in the backward pass, and
+moving the non-zeros. Then RigL's updates are measured likewise, by themselves: it makes a dense gradient of one weight
+at a time, as far as it may be as large, and a step that follows finds nothing of its own in the caches.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 import torch
 from tqdm.auto import tqdm
@@ -34,6 +36,8 @@ class ScalingTurn:
     batch_size: int
     nonzeros: int
     """Of all weights."""
+    method: str
+    """Of the updates beside which it was measured."""
     contender: str
     """``step``, or the method that updates the topology after it."""
     round: int
@@ -69,36 +73,41 @@ def run(plan: Plan, progress: bool) -> str:
 
 
 def measure(plan: Plan, batch_size: int, progress: bool) -> list[ScalingTurn]:
-    """Give every contender of every width its turns."""
+    """Give every contender of every width its turns, method by method."""
+    return [turn for method in UPDATES for turn in _measure(plan, batch_size, method, progress)]
+
+
+def _measure(plan: Plan, batch_size: int, method: str, progress: bool) -> list[ScalingTurn]:
     of = plan.always_sparse
+    most = inf if method != "rigl" else of.dense_bytes / plan.dtype.itemsize
+    widths = [width for width in of.scaling_widths if width**2 <= most]
+    about = f"scaling@{batch_size}, {method}"
     entered: list[tuple[int, int, str, Call]] = []
-    with tqdm(desc=f"scaling@{batch_size}: building", unit="turn", mininterval=0.5, disable=not progress) as bar:
-        for width in of.scaling_widths:
-            for method in ("static", *UPDATES):
-                if method == "rigl" and width**2 * plan.dtype.itemsize > of.dense_bytes:
-                    continue
-                entered.append((width, *_contender(plan, width, batch_size, method)))
+    with tqdm(desc=f"{about}: building", unit="turn", mininterval=0.5, disable=not progress) as bar:
+        for width in widths:
+            entered += [(width, *_contender(plan, width, batch_size, moved)) for moved in ("static", method)]
         bar.reset(total=len(entered) * (plan.rounds + 1))
-        bar.set_description(f"scaling@{batch_size}")
+        bar.set_description(about)
         turns = []
         for number, place, spent in take_turns([call for *_, call in entered], plan.rounds, plan.device, bar):
             width, nonzeros, contender, _ = entered[place]
-            turns.append(ScalingTurn(width, of.layers, batch_size, nonzeros, contender, number, spent))
+            turns.append(ScalingTurn(width, of.layers, batch_size, nonzeros, method, contender, number, spent))
     return turns
 
 
 def series(turns: Sequence[ScalingTurn]) -> dict[str, dict[int, list[float]]]:
-    """Give the milliseconds of a step and of each method's update, by width, in each round."""
-    times: dict[tuple[str, int], list[float]] = {}
+    """Give the milliseconds of a step, as beside the first method, and of each update, by width, in each round."""
+    times: dict[str, dict[str, dict[int, list[float]]]] = {}
     for turn in turns:
-        times.setdefault((turn.contender, turn.width), []).append(turn.milliseconds)
-    found: dict[str, dict[int, list[float]]] = {"step": {}, **{method: {} for method in UPDATES}}
-    for (contender, width), spent in times.items():
-        plain = times["step", width]
-        found[contender][width] = (
-            spent if contender == "step" else [whole - step for whole, step in zip(spent, plain, strict=True)]
-        )
-    return {name: of for name, of in found.items() if of}
+        of_method = times.setdefault(turn.method, {})
+        of_method.setdefault(turn.contender, {}).setdefault(turn.width, []).append(turn.milliseconds)
+    found = {"step": next(iter(times.values()))["step"]}
+    for method, of_method in times.items():
+        found[method] = {
+            width: [whole - step for whole, step in zip(spent, of_method["step"][width], strict=True)]
+            for width, spent in of_method[method].items()
+        }
+    return found
 
 
 def table(plan: Plan, found: dict[str, dict[int, list[float]]]) -> str:

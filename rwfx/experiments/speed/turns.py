@@ -1,8 +1,9 @@
 """Timing by turns in one process.
 
 In: calls, A, B, C. Out: the time of each in every round. A *round* gives every call one turn, A B C A B C ...,
-so that a disturbance of the machine meets all; a *turn* is a call that is not timed and some that are, in a row, as
-many of each. The first call of a turn finds the caches full of another's weights, as no step of a training run does.
+so that a disturbance of the machine meets all; a *turn* is a call that is not timed and some that are, in a row, of
+each as many as take about as long. The first call of a turn finds the caches full of another's weights, as no step of a
+training run does.
 """
 
 import statistics
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 Call = Callable[[], object]
 
 TURN_MILLISECONDS = 150.0
-"""What a turn of the slowest call should take at least."""
+"""What the timed calls of a turn should take."""
 MOST_CALLS = 100
 """Calls in a turn at most."""
 
@@ -51,22 +52,21 @@ def take_turns(calls: Sequence[Call], rounds: int, device: str, bar: tqdm) -> It
     Yields:
         After each turn its round, the call's place in ``calls``, and the milliseconds of one call.
     """
-    slowest = 0.0
+    counts = []
     for call in calls:
         call()  # compiles what is to be compiled
-        slowest = max(slowest, min(milliseconds(call, 1, device) for _ in range(3)))
+        counts.append(calls_a_turn(min(milliseconds(call, 1, device) for _ in range(3))))
         bar.update()
-    count = calls_a_turn(slowest)
     for number in range(rounds):
-        for place, call in enumerate(calls):
+        for place, (call, count) in enumerate(zip(calls, counts, strict=True)):
             call()
             yield number, place, milliseconds(call, count, device)
             bar.update()
 
 
-def calls_a_turn(slowest: float) -> int:
-    """So many calls that a turn of the slowest takes ``TURN_MILLISECONDS``, and no more than ``MOST_CALLS``."""
-    return max(1, min(MOST_CALLS, round(TURN_MILLISECONDS / slowest)))
+def calls_a_turn(each: float) -> int:
+    """So many calls of ``each`` milliseconds that they take ``TURN_MILLISECONDS``, and no more than ``MOST_CALLS``."""
+    return max(1, min(MOST_CALLS, round(TURN_MILLISECONDS / each)))
 
 
 def milliseconds(call: Call, count: int, device: str) -> float:
