@@ -6,7 +6,7 @@ lie column by column, as in ``torch.sparse_csc``: ``dx = W^T g`` and ``dW`` read
 rows, through an order kept beside.
 
 ``rwfx::columns_of``, ``rwfx::rows_of`` and ``rwfx::keys_of`` are operators: here for every device, by sorting, and on a
-CPU in ``rwfx/native/keys.cpp``, by a few passes over keys, rows and columns.
+CPU in ``rwfx/native/index.cpp``, by a few passes over keys, rows and columns.
 
 Axes: N non-zeros, O rows, I columns.
 """

@@ -20,7 +20,7 @@ from rwfx import native
 from rwfx.arguments import check_choice, check_number
 from rwfx.call_cost import needs_gradient, places_of
 from rwfx.capture import Capture, capture, tape
-from rwfx.extremes import largest
+from rwfx.extremes import largest_magnitudes
 from rwfx.nonzeros import check_size, draw_keys
 from rwfx.ops.sparse_linear import Asked
 from rwfx.options import common_seed
@@ -233,7 +233,7 @@ def _sparse_weight(
     if values == "largest":
         full = parameter.detach().t() if line.transposed else parameter.detach()
         by_columns = full.flatten(1).t().reshape(-1)
-        keys = largest(by_columns.abs(), count)
+        keys = largest_magnitudes(by_columns, count)
         numbers = by_columns[keys]
     else:
         keys = draw_keys(rows, columns, count, generator)

@@ -16,6 +16,8 @@ FOR_EVERY_DEVICE = {
     nonzeros: ("columns_of", "rows_of", "keys_of"),
 }
 """Operators whose implementation for every device is called as they are, with an underscore before."""
+EXTREMES = {"largest": (True, False), "largest_magnitudes": (True, True), "smallest_magnitudes": (False, True)}
+"""Whether each takes the largest, and whether of magnitudes."""
 
 
 @pytest.fixture(params=["kernels", "PyTorch"])
@@ -29,8 +31,8 @@ def by(request, monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, f"_{name}"))
     monkeypatch.setattr(keys, "distinct_keys", torch.unique)
-    for name in ("largest", "smallest"):
-        monkeypatch.setattr(extremes, name, lambda of, count, name=name: extremes._extremes(of, count, name[0] == "l"))
+    for name, how in EXTREMES.items():
+        monkeypatch.setattr(extremes, name, lambda of, count, how=how: extremes._extremes(of, count, *how))
 
 
 def some_keys(rows, columns, share, seed=0):
@@ -110,28 +112,32 @@ def test_numbers_are_carried_to_the_keys_after(shares):
 @pytest.mark.usefixtures("by")
 def test_extremes_are_the_largest_and_the_smallest_in_the_order_of_their_places(size, count, dtype):
     numbers = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for take, largest in ((extremes.largest, True), (extremes.smallest, False)):
-        places = take(numbers, count)
+    for name, (largest, magnitudes) in EXTREMES.items():
+        places = getattr(extremes, name)(numbers, count)
+        sizes = numbers.abs() if magnitudes else numbers
         assert (places.diff() > 0).all()
-        wanted = numbers.sort(descending=largest).values[:count]
-        assert torch.equal(numbers[places].sort(descending=largest).values, wanted)
+        assert torch.equal(sizes[places].sort().values, sizes.sort(descending=largest).values[:count].sort().values)
 
 
 @pytest.mark.usefixtures("by")
 def test_infinities_and_nan_are_as_large_as_for_topk():
-    numbers = torch.tensor([1.0, -math.inf, math.nan, 0.0, -1e-45, math.inf, 1e-45, -2.0])
+    numbers = torch.tensor([1.0, -math.inf, math.nan, 0.0, -1e-45, math.inf, 1e-44, -2.0])
     assert extremes.largest(numbers, 3).tolist() == [0, 2, 5]
     assert extremes.largest(numbers, 1).tolist() == [2]
-    assert extremes.smallest(numbers, 3).tolist() == [1, 4, 7]
-    assert extremes.smallest(numbers, 7).tolist() == [0, 1, 3, 4, 5, 6, 7]
+    assert extremes.largest(numbers, 7).tolist() == [0, 2, 3, 4, 5, 6, 7]
+    assert extremes.largest_magnitudes(numbers, 3).tolist() == [1, 2, 5]
+    assert extremes.smallest_magnitudes(numbers, 3).tolist() == [3, 4, 6]
+    assert extremes.smallest_magnitudes(-numbers, 7).tolist() == [0, 1, 3, 4, 5, 6, 7]
 
 
 def test_of_equal_numbers_the_first_are_taken():
     if not ready():
         pytest.skip("no kernels here")
-    numbers = torch.tensor([2.0, 1.0, 2.0, 3.0, 2.0, 1.0])
-    assert extremes.largest(numbers, 3).tolist() == [0, 2, 3]
-    assert extremes.smallest(numbers, 3).tolist() == [0, 1, 5]
+    numbers = torch.tensor([2.0, -1.0, -2.0, 3.0, 2.0, 1.0])
+    assert extremes.largest(numbers, 2).tolist() == [0, 3]
+    assert extremes.largest_magnitudes(numbers, 3).tolist() == [0, 2, 3]
+    assert extremes.smallest_magnitudes(numbers, 3).tolist() == [0, 1, 5]
+    assert extremes.smallest_magnitudes(torch.tensor([0.0, 1.0, -0.0]), 1).tolist() == [0]
 
 
 @pytest.mark.parametrize("groups", [0, 1, 3])
@@ -163,7 +169,8 @@ def test_the_operators_keep_their_promises():
         (ops.without, (of, others)),
         (ops.distinct_keys, (torch.cat([of, of]),)),
         (ops.carried, (of, others, [torch.rand(len(of)), of.clone()])),
-        (ops.extremes, (torch.rand(9), 4, True)),
+        (ops.extremes, (torch.rand(9), 4, True, False)),
+        (ops.extremes, (torch.randn(9), 4, False, True)),
         (ops.draw_places, (torch.tensor(5), None, None, 7, 5, 20)),
         (ops.draw_places, (torch.tensor(5), *sums, 7, 5, 20)),
     ):

@@ -9,8 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import rwfx
+from rwfx.extremes import smallest_magnitudes
 from rwfx.nonzeros import draw_keys
-from rwfx.topology.exchange import at_random, exchanged, smallest_magnitudes, tails
+from rwfx.topology.exchange import at_random, exchanged, tails
 from rwfx.topology.methods import METHODS
 from rwfx.topology.parts import Part, together
 

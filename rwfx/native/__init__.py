@@ -31,10 +31,21 @@ SOURCES = (
     "linear.cpp",
     "optim.cpp",
     "sparse.cpp",
+    "index.cpp",
     "keys.cpp",
     "candidates.cpp",
 )
-HEADERS = ("random.h", "draw.h", "rows.h", "memory.h", "vectors.h", "packing.h", "sparse_products.h")
+HEADERS = (
+    "random.h",
+    "draw.h",
+    "rows.h",
+    "memory.h",
+    "keys.h",
+    "buckets.h",
+    "vectors.h",
+    "packing.h",
+    "sparse_products.h",
+)
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 

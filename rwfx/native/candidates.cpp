@@ -97,12 +97,15 @@ Tensor draw_places(
 
 // ---- The largest and the smallest.
 
-// An unsigned number for each that is ordered as they are; NaN is above all, as torch.topk has it.
 template <class T>
-auto ordered(T number) {
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+
+// An unsigned number for each that is ordered as they are, or as their magnitudes; NaN is above all, as torch.topk has it.
+template <class T>
+BitsOf<T> ordered(T number, bool magnitudes) {
+  using Bits = BitsOf<T>;
   constexpr Bits SIGN = Bits(1) << (8 * sizeof(T) - 1);
-  const Bits bits = std::bit_cast<Bits>(number);
+  const Bits bits = std::bit_cast<Bits>(number) & (magnitudes ? ~SIGN : ~Bits(0));
   return number != number ? std::numeric_limits<Bits>::max() : bits & SIGN ? ~bits : bits | SIGN;
 }
 
@@ -120,8 +123,8 @@ int64_t last_digit(const Counts& counts, int64_t& left) {
 
 // Digit by digit: how many of the numbers have each, and then the same of those alone that have the last one's.
 template <class T>
-Tensor extremes_of(const Tensor& given, int64_t count, bool largest) {
-  using Bits = decltype(ordered(T()));
+Tensor extremes_of(const Tensor& given, int64_t count, bool largest, bool magnitudes) {
+  using Bits = BitsOf<T>;
   constexpr int BITS = 8 * sizeof(T);
   const T* numbers = given.const_data_ptr<T>();
   const int64_t size = given.numel(), threads = at::get_num_threads();
@@ -133,7 +136,7 @@ Tensor extremes_of(const Tensor& given, int64_t count, bool largest) {
     for (int64_t k = first; k < last; ++k) {
       const int64_t begin = size * k / threads, end = size * (k + 1) / threads;
       for (int64_t n = begin; n < end; ++n) {
-        rank[n] = ordered(numbers[n]) ^ turned;
+        rank[n] = ordered(numbers[n], magnitudes) ^ turned;
       }
       Counts other{};  // every second one, so that one number's count does not wait for its neighbour's
       for (int64_t n = begin; n < end; ++n) {
@@ -173,7 +176,7 @@ Tensor extremes_of(const Tensor& given, int64_t count, bool largest) {
   return places;
 }
 
-Tensor extremes(const Tensor& numbers, int64_t count, bool largest) {
+Tensor extremes(const Tensor& numbers, int64_t count, bool largest, bool magnitudes) {
   TORCH_CHECK_VALUE(
       numbers.dim() == 1 && numbers.is_floating_point() && count >= 0 && count <= numbers.numel(), "there are no ",
       count, " extremes of numbers of ", numbers.scalar_type(), " of the shape ", numbers.sizes(), ".");
@@ -182,8 +185,8 @@ Tensor extremes(const Tensor& numbers, int64_t count, bool largest) {
   }
   // float has the numbers of the half precisions.
   const Tensor given = numbers.to(numbers.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
-  return given.scalar_type() == at::kDouble ? extremes_of<double>(given, count, largest)
-                                            : extremes_of<float>(given, count, largest);
+  return given.scalar_type() == at::kDouble ? extremes_of<double>(given, count, largest, magnitudes)
+                                            : extremes_of<float>(given, count, largest, magnitudes);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from math import ceil
 import torch
 from torch import Generator, Tensor
 
-from rwfx.extremes import largest, smallest
+from rwfx.extremes import largest_magnitudes, smallest_magnitudes
 from rwfx.keys import replaced
 from rwfx.nonzeros import draw_keys
 from rwfx.topology.parts import Part
@@ -36,11 +36,6 @@ def exchanged(part: Part, share: float, prune: Prune, grow: Grow) -> Tensor:
     return replaced(part.keys, prunable[prune(part.values[prunable], len(grown))], grown)
 
 
-def smallest_magnitudes(values: Tensor, count: int) -> Tensor:
-    """The values next to zero."""
-    return smallest(values.abs(), count)
-
-
 def tails(values: Tensor, count: int) -> Tensor:
     """The smallest positive and the largest negative values, of each as many as its share; zero counts as positive.
 
@@ -55,7 +50,7 @@ def tails(values: Tensor, count: int) -> Tensor:
 
 def best(part: Part, count: int) -> Tensor:
     """The candidates with the largest scores."""
-    return part.candidates[largest(part.scores.abs(), min(count, len(part.scores)))]
+    return part.candidates[largest_magnitudes(part.scores, min(count, len(part.scores)))]
 
 
 def at_random(generator: Generator) -> Grow:

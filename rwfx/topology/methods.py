@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from rwfx.extremes import largest
+from rwfx.extremes import largest, smallest_magnitudes
 from rwfx.keys import replaced
 from rwfx.sparsity import deal
-from rwfx.topology.exchange import Prune, at_random, best, exchanged, smallest_magnitudes, tails
+from rwfx.topology.exchange import Prune, at_random, best, exchanged, tails
 from rwfx.topology.parts import Part, each, together
 
 

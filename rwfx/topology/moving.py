@@ -14,17 +14,17 @@ from rwfx.sparse_weight import SparseWeight
 
 
 @torch.no_grad()
-def move(weight: SparseWeight, keys: Tensor, optimizer: Optimizer) -> int:
-    """Give ``weight`` the places ``keys``, sorted and distinct; give how many are new.
+def move(weight: SparseWeight, before: Tensor, after: Tensor, optimizer: Optimizer) -> int:
+    """Give ``weight``, whose keys are ``before``, those ``after``, sorted and distinct; give how many are new.
 
     What stays keeps its value, its gradient and what the optimizer holds of it. What is new has exactly 0 there. Of as
     many places as before no tensor is replaced.
     """
     values, states = weight.values, _states_of(optimizer, weight.values)
     held = [values, *states.values()] if values.grad is None else [values, *states.values(), values.grad]
-    moved, new = carried(weight.keys(), keys, held)
+    moved, new = carried(before, after, held)
     grad = None if values.grad is None else _in_place(values.grad, moved.pop())
-    weight.move_(keys, moved.pop(0))
+    weight.move_(after, moved.pop(0))
     values.grad = grad
     _put(optimizer, values, states, moved)
     return int(new)

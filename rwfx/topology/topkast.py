@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from rwfx.extremes import largest
+from rwfx.extremes import largest, largest_magnitudes
 from rwfx.ops.probe import FOUND
 from rwfx.sparse_weight import SparseWeight
 from rwfx.topology.moving import carry_state, move
@@ -108,9 +108,9 @@ class _Explored:
         weight, values = self.weight, self.values.detach()
         self.theta[weight.keys().cpu()] = weight.values.detach().cpu()
         self.theta[self.probe.keys.cpu()] = values.cpu()
-        keys = largest(self.theta.abs(), weight.nnz)
+        keys = largest_magnitudes(self.theta, weight.nnz)
         explored = self._next_after(keys, len(values))
-        new = move(weight, keys.to(values.device), optimizer)
+        new = move(weight, weight.keys(), keys.to(values.device), optimizer)
         weight.values.detach().copy_(self.theta[keys])
         before, after = self.probe.keys, explored.to(values.device)
         carry_state(optimizer, self.values, before, after)

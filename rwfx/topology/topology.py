@@ -295,7 +295,10 @@ class Topology:
             return {}
         generator = Generator().manual_seed(self._key(len(self.weights)))
         chosen = self._rules.choose(list(parts.values()), Moment(share, self.scope, self.options, generator))
-        return {name: move(self.weights[name], keys, self.optimizer) for name, keys in zip(parts, chosen, strict=True)}
+        return {
+            name: move(self.weights[name], part.keys, keys, self.optimizer)
+            for (name, part), keys in zip(parts.items(), chosen, strict=True)
+        }
 
     def _probe(self, name: str) -> Probe:
         probe = self.weights[name].probe
