@@ -39,9 +39,8 @@ Dealt<Item> deal(int64_t count, int64_t buckets, const ForItems& for_items) {
   const auto for_parts = [&](auto f) {
     at::parallel_for(0, parts, grain_of(count, parts), [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        for_items(count * part / parts, count * (part + 1) / parts, [&, to = next[part].data()](int64_t bucket, Item item) {
-          f(to[bucket], item);
-        });
+        const int64_t first = count * part / parts, last = count * (part + 1) / parts;
+        for_items(first, last, [&, to = next[part].data()](int64_t bucket, Item item) { f(to[bucket], item); });
       }
     });
   };

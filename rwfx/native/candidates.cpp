@@ -100,7 +100,7 @@ Tensor draw_places(
 template <class T>
 using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
-// An unsigned number for each that is ordered as they are, or as their magnitudes; NaN is above all, as torch.topk has it.
+// An unsigned number for each that is ordered as they are, or as their magnitudes; NaN is above all, as for torch.topk.
 template <class T>
 BitsOf<T> ordered(T number, bool magnitudes) {
   using Bits = BitsOf<T>;

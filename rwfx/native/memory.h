@@ -17,8 +17,8 @@ namespace rwfx {
 
 constexpr int64_t LARGE_PAGE = int64_t(1) << 21;
 
-// Asks for large pages, where the system gives them to who asks: of small ones there are more in what is read in no order
-// than a processor remembers the places of, and each that is new costs more than to pass over it.
+// Asks for large pages, where the system gives them to who asks: of small ones there are more in what is read in no
+// order than a processor remembers the places of, and each that is new costs more than to pass over it.
 inline void ask_for_large_pages([[maybe_unused]] void* at, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   const auto first = (reinterpret_cast<uintptr_t>(at) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
@@ -70,8 +70,8 @@ inline LargePages& kept_memory() {
   return memory;
 }
 
-// Room for `size` numbers, in memory that the thread keeps: new pages cost more than a sparse product. A thread has one at
-// a time.
+// Room for `size` numbers, in memory that the thread keeps: new pages cost more than a sparse product. A thread has one
+// at a time.
 template <class T>
 class Scratch {
  public:
