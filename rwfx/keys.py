@@ -6,8 +6,6 @@ bisection, and on a CPU in ``rwfx/native/keys.cpp``, by a few passes over the ke
 Axes: N keys, M others.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,8 @@ _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define("replaced(Tensor keys, Tensor pruned, Tensor grown) -> Tensor")
 _library.define("without(Tensor keys, Tensor others) -> Tensor")
 _library.define("distinct_keys(Tensor drawn) -> Tensor")
-_library.define("carried(Tensor before, Tensor after, Tensor[] numbers) -> (Tensor[], Tensor)")
+_library.define("origins(Tensor before, Tensor after) -> Tensor")
+_library.define("carried(Tensor numbers, Tensor origin) -> Tensor")
 
 
 def replaced(keys: Tensor, pruned: Tensor, grown: Tensor) -> Tensor:
@@ -33,12 +32,14 @@ def distinct_keys(drawn: Tensor) -> Tensor:
     return torch.ops.rwfx.distinct_keys.default(drawn)
 
 
-def carried(before: Tensor, after: Tensor, numbers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Of each of ``numbers``, which lie at the keys ``before``, what lies at ``after``, with 0 at the new keys.
+def origins(before: Tensor, after: Tensor) -> Tensor:
+    """Where each key of ``after`` was among those ``before``, int32; -1 of a new one."""
+    return torch.ops.rwfx.origins.default(before, after)
 
-    Given with it is how many keys are new, ``()``.
-    """
-    return torch.ops.rwfx.carried.default(before, after, list(numbers))
+
+def carried(numbers: Tensor, origin: Tensor) -> Tensor:
+    """Of ``numbers``, which lie at the keys before, what lies at those after; 0 at the new ones."""
+    return torch.ops.rwfx.carried.default(numbers, origin)
 
 
 def _replaced(keys: Tensor, pruned: Tensor, grown: Tensor) -> Tensor:
@@ -47,27 +48,26 @@ def _replaced(keys: Tensor, pruned: Tensor, grown: Tensor) -> Tensor:
 
 
 def _without(keys: Tensor, others: Tensor) -> Tensor:
-    return keys[~_found(others, keys)[0]]
+    return keys[_origins(others, keys) < 0]
 
 
-def _carried(before: Tensor, after: Tensor, numbers: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    stays, place = _found(before, after)
+def _origins(before: Tensor, after: Tensor) -> Tensor:
     if not len(before):
-        return [part.new_zeros(len(after)) for part in numbers], (~stays).sum()
-    return [part[place].masked_fill_(~stays, 0) for part in numbers], (~stays).sum()
+        return torch.full_like(after, -1, dtype=torch.int32)
+    place = torch.searchsorted(before, after).clamp_(max=len(before) - 1)
+    return place.masked_fill_(before[place] != after, -1).to(torch.int32)
 
 
-def _found(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of ``wanted`` are among ``keys``, and where; of others the place is of no meaning."""
-    if not len(keys):
-        return torch.zeros_like(wanted, dtype=torch.bool), torch.zeros_like(wanted)
-    place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-    return keys[place] == wanted, place
+def _carried(numbers: Tensor, origin: Tensor) -> Tensor:
+    if not len(numbers):
+        return numbers.new_zeros(len(origin))
+    return numbers.index_select(0, origin.clamp(min=0)).masked_fill_(origin < 0, 0)
 
 
 _library.impl("replaced", _replaced, "CompositeExplicitAutograd")
 _library.impl("without", _without, "CompositeExplicitAutograd")
 _library.impl("distinct_keys", torch.unique, "CompositeExplicitAutograd")
+_library.impl("origins", _origins, "CompositeExplicitAutograd")
 _library.impl("carried", _carried, "CompositeExplicitAutograd")
 
 
@@ -86,6 +86,11 @@ def _(drawn: Tensor) -> Tensor:
     return drawn.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
+@torch.library.register_fake("rwfx::origins", lib=_library)
+def _(before: Tensor, after: Tensor) -> Tensor:
+    return torch.empty_like(after, dtype=torch.int32)
+
+
 @torch.library.register_fake("rwfx::carried", lib=_library)
-def _(before: Tensor, after: Tensor, numbers: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    return [part.new_empty(len(after)) for part in numbers], after.new_empty(())
+def _(numbers: Tensor, origin: Tensor) -> Tensor:
+    return numbers.new_empty(len(origin))

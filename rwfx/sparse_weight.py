@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwfx.nonzeros import Index, check_size, index_of, keys_of
+from rwfx.nonzeros import Index, check_size, columns_of, index_of, keys_of, rows_of
 from rwfx.ops.sparse_conv import sparse_conv
 from rwfx.ops.sparse_linear import Asked, By, dense_weight, sparse_linear
 from rwfx.ops.weighted_call import conv_options, flat_options
@@ -134,11 +134,11 @@ class SparseWeight(nn.Module):
             ValueError: keys and values do not fit each other or the shape; nothing has changed then.
         """
         self._check(keys, values)
-        index = index_of(keys, self.rows, self.columns)
         if len(values) == self.nnz:
+            _copy((self.ccol_indices, self.row_indices), columns_of(keys, self.rows, self.columns))
+            by_rows = rows_of(self.ccol_indices, self.row_indices, self.rows)
+            _copy((self.crow_indices, self.col_indices, self.order), by_rows)
             self.values.copy_(values)
-            for old, new in zip(self.index, index, strict=True):
-                old.copy_(new)
         else:
             self.values.grad = None
             given = values.detach().to(self.values)
@@ -146,7 +146,7 @@ class SparseWeight(nn.Module):
             # another type makes it forget.
             self.values.data = given.to(torch.float32 if given.dtype == torch.float64 else torch.float64)
             self.values.data = given
-            for name, part in zip(Index._fields, index, strict=True):
+            for name, part in zip(Index._fields, index_of(keys, self.rows, self.columns), strict=True):
                 setattr(self, name, part.to(self.values.device))
             self._choose()
 
@@ -201,6 +201,11 @@ class SparseWeight(nn.Module):
             self.move_(keys_of(ccol_indices, row_indices, self.rows).to(self.values.device), values.to(self.values))
         except ValueError as error:
             errors.append(f"sparse weight {name!r} cannot take what is loaded: {error}")
+
+
+def _copy(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+    for old, new in zip(to, of, strict=True):
+        old.copy_(new)
 
 
 def _is_index(ccol_indices: Tensor, row_indices: Tensor, rows: int) -> bool:

@@ -12,7 +12,7 @@ from rwfx.ops import candidates
 
 SHAPES = [(7, 5), (1, 40), (40, 1), (300, 211), (1500, 90), (5, 0), (0, 5)]
 FOR_EVERY_DEVICE = {
-    keys: ("replaced", "without", "carried"),
+    keys: ("replaced", "without", "origins", "carried"),
     nonzeros: ("columns_of", "rows_of", "keys_of"),
 }
 """Operators whose implementation for every device is called as they are, with an underscore before."""
@@ -97,14 +97,15 @@ def test_numbers_are_carried_to_the_keys_after(shares):
     kinds = torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool
     numbers = [torch.randn(len(before)).mul(9).to(kind) for kind in kinds]
     numbers[0][::7] = math.nan  # what is not carried is 0, whatever there was
-    found, new = keys.carried(before, after, numbers)
+    origin = keys.origins(before, after)
     place = {key: n for n, key in enumerate(before.tolist())}
-    for kind, of, to in zip(kinds, numbers, found, strict=True):
-        wanted = [of[place[key]] if key in place else of.new_zeros(()) for key in after.tolist()]
-        assert to.dtype == kind
-        assert torch.equal(to.nan_to_num(77), torch.stack(wanted).nan_to_num(77) if wanted else of[:0])
-    assert int(new) == len(set(after.tolist()) - place.keys())
-    assert keys.carried(before, after, [])[0] == []
+    assert origin.dtype == torch.int32
+    assert origin.tolist() == [place.get(key, -1) for key in after.tolist()]
+    for kind, of in zip(kinds, numbers, strict=True):
+        moved = keys.carried(of, origin)
+        wanted = [of[n] if n >= 0 else of.new_zeros(()) for n in origin.tolist()]
+        assert moved.dtype == kind
+        assert torch.equal(moved.nan_to_num(77), torch.stack(wanted).nan_to_num(77) if wanted else of[:0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -168,7 +169,8 @@ def test_the_operators_keep_their_promises():
         (ops.replaced, (of, torch.tensor([0, 2]), keys.without(others, of))),
         (ops.without, (of, others)),
         (ops.distinct_keys, (torch.cat([of, of]),)),
-        (ops.carried, (of, others, [torch.rand(len(of)), of.clone()])),
+        (ops.origins, (of, others)),
+        (ops.carried, (torch.rand(len(of)), keys.origins(of, others))),
         (ops.extremes, (torch.rand(9), 4, True, False)),
         (ops.extremes, (torch.randn(9), 4, False, True)),
         (ops.draw_places, (torch.tensor(5), None, None, 7, 5, 20)),
@@ -198,8 +200,10 @@ def test_what_does_not_fit_is_refused():
     refuses("grown must be sorted", keys.replaced, torch.tensor([4, 7]), torch.tensor([1]), torch.tensor([9, 5]))
     refuses("not be negative, got -1", keys.distinct_keys, torch.tensor([-1]))
     refuses("one-dimensional int64 tensor, got Float of shape", keys.distinct_keys, torch.tensor([1.0]))
-    refuses("a number for each of 2 keys", keys.carried, torch.tensor([1, 2]), torch.tensor([1]), [torch.ones(3)])
-    refuses("numbers of ComplexDouble", keys.carried, *[torch.tensor([1])] * 2, [torch.ones(1, dtype=torch.cdouble)])
+    origin = torch.tensor([1, -1], dtype=torch.int32)
+    refuses("there are 1 numbers and not one at 1", keys.carried, torch.ones(1), origin)
+    refuses("numbers of ComplexDouble", keys.carried, torch.ones(2, dtype=torch.cdouble), origin)
+    refuses("their origins int32, got the shape .* and Long", keys.carried, torch.ones(2), origin.long())
     refuses("no 3 extremes of numbers of Float", extremes.largest, torch.ones(2), 3)
     refuses("numbers of Long", extremes.largest, torch.ones(2, dtype=torch.int64), 1)
     sums = torch.ones(2, 5).double(), torch.ones(7).double()

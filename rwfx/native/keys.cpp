@@ -4,12 +4,10 @@
 
 #include "buckets.h"
 
-#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <numeric>
 #include <tuple>
@@ -149,58 +147,61 @@ Tensor distinct_keys(const Tensor& given) {
 
 // ---- What lies at keys.
 
-// to[m] = from[place[m]], or 0 where that is negative.
-template <class Bits>
-void gather(const Tensor& from, Tensor& to, int64_t first, const int32_t* place, int64_t count) {
-  const Bits* source = static_cast<const Bits*>(from.const_data_ptr());
-  Bits* target = static_cast<Bits*>(to.mutable_data_ptr()) + first;
-  for (int64_t m = 0; m < count; ++m) {
-    target[m] = place[m] < 0 ? Bits(0) : source[place[m]];
-  }
-}
-
-std::tuple<std::vector<Tensor>, Tensor> carried(
-    const Tensor& given_before, const Tensor& given_after, at::TensorList numbers) {
+Tensor origins(const Tensor& given_before, const Tensor& given_after) {
   const Keys before(given_before), after(given_after);
   TORCH_CHECK_VALUE(before.count <= LARGEST, "int32 cannot count ", before.count, " keys.");
-  std::vector<Tensor> from, to;
-  for (const Tensor& part : numbers) {
-    TORCH_CHECK_VALUE(
-        part.dim() == 1 && part.numel() == before.count, "there must be a number for each of ", before.count,
-        " keys, got the shape ", part.sizes(), ".");
-    TORCH_CHECK_VALUE(part.element_size() <= 8, "numbers of ", part.scalar_type(), " are not carried.");
-    from.push_back(part.contiguous());
-    to.push_back(fresh({after.count}, part.options()));
-  }
-  constexpr int64_t TOGETHER = 1024;
-  std::atomic<int64_t> stayed = 0;
+  const Tensor origin = numbers(after.count, given_after, at::kInt);
+  int32_t* to = origin.mutable_data_ptr<int32_t>();
   at::parallel_for(0, after.count, GRAIN, [&](int64_t begin, int64_t end) {
-    std::array<int32_t, TOGETHER> place;
-    int64_t found = 0;
     const int64_t* at = before.data + before.place_of(after.data[begin]);
-    for (int64_t first = begin; first < end; first += TOGETHER) {
-      const int64_t count = std::min(TOGETHER, end - first);
-      for (int64_t m = 0; m < count; ++m) {
-        const int64_t key = after.data[first + m];
-        while (at != before.end() && *at < key) {
-          ++at;
-        }
-        const bool stays = at != before.end() && *at == key;
-        place[m] = stays ? static_cast<int32_t>(at - before.data) : -1;
-        found += stays;
+    for (int64_t n = begin; n < end; ++n) {
+      while (at != before.end() && *at < after.data[n]) {
+        ++at;
       }
-      for (size_t k = 0; k < from.size(); ++k) {
-        const auto size = from[k].element_size();
-        const auto take = size == 8 ? gather<uint64_t>
-            : size == 4             ? gather<uint32_t>
-            : size == 2             ? gather<uint16_t>
-                                    : gather<uint8_t>;
-        take(from[k], to[k], first, place.data(), count);
-      }
+      to[n] = at != before.end() && *at == after.data[n] ? static_cast<int32_t>(at - before.data) : -1;
     }
-    stayed += found;
   });
-  return {to, at::full({}, after.count - stayed, given_after.options())};
+  return origin;
+}
+
+template <class Bits>
+void carry(const Tensor& numbers, const Tensor& origin, const Tensor& moved) {
+  const Bits* from = static_cast<const Bits*>(numbers.const_data_ptr());
+  const int32_t* of = origin.const_data_ptr<int32_t>();
+  Bits* to = static_cast<Bits*>(moved.mutable_data_ptr());
+  const int64_t size = numbers.numel();
+  at::parallel_for(0, origin.numel(), GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      TORCH_CHECK_VALUE(of[n] < size, "there are ", size, " numbers and not one at ", of[n], ".");
+      to[n] = of[n] < 0 ? Bits(0) : from[of[n]];
+    }
+  });
+}
+
+Tensor carried(const Tensor& given, const Tensor& given_origin) {
+  TORCH_CHECK_VALUE(
+      given.dim() == 1 && given_origin.dim() == 1 && given_origin.scalar_type() == at::kInt,
+      "numbers must be one-dimensional and their origins int32, got the shape ", given.sizes(), " and ",
+      given_origin.scalar_type(), " of shape ", given_origin.sizes(), ".");
+  const Tensor from = given.contiguous(), origin = given_origin.contiguous();
+  const Tensor moved = fresh({origin.numel()}, given.options());
+  switch (given.element_size()) {
+    case 1:
+      carry<uint8_t>(from, origin, moved);
+      break;
+    case 2:
+      carry<uint16_t>(from, origin, moved);
+      break;
+    case 4:
+      carry<uint32_t>(from, origin, moved);
+      break;
+    case 8:
+      carry<uint64_t>(from, origin, moved);
+      break;
+    default:
+      TORCH_CHECK_VALUE(false, "numbers of ", given.scalar_type(), " are not carried.");
+  }
+  return moved;
 }
 
 }  // namespace
@@ -209,6 +210,7 @@ TORCH_LIBRARY_IMPL(rwfx, CPU, m) {
   m.impl("replaced", replaced);
   m.impl("without", without);
   m.impl("distinct_keys", distinct_keys);
+  m.impl("origins", origins);
   m.impl("carried", carried);
 }
 

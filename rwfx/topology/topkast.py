@@ -28,6 +28,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from rwfx.extremes import largest, largest_magnitudes
+from rwfx.keys import origins
 from rwfx.ops.probe import FOUND
 from rwfx.sparse_weight import SparseWeight
 from rwfx.topology.moving import carry_state, move
@@ -113,7 +114,7 @@ class _Explored:
         new = move(weight, weight.keys(), keys.to(values.device), optimizer)
         weight.values.detach().copy_(self.theta[keys])
         before, after = self.probe.keys, explored.to(values.device)
-        carry_state(optimizer, self.values, before, after)
+        carry_state(optimizer, self.values, origins(before, after))
         before.copy_(after)
         values.copy_(self.theta[explored])
         return new

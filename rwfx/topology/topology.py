@@ -282,22 +282,24 @@ class Topology:
             candidates = {name: len(self._probe(name).keys) for name in self._trained}
             grown = self._exploration.update()
         else:
-            parts = {name: self._part(weight) for name, weight in self._trained.items()}
-            candidates = {name: len(part.candidates) for name, part in parts.items()}
-            grown = self._move(parts, share)
+            generator = Generator().manual_seed(self._key(len(self.weights)))
+            moment = Moment(share, self.scope, self.options, generator)
+            names = list(self._trained)
+            # In the scope "layer" one by one: an update needs memory for one weight at a time then.
+            groups = [[name] for name in names] if self.scope == "layer" else [names] * bool(names)
+            counts = {name: of for group in groups for name, of in self._exchange(group, moment).items()}
+            candidates, grown = ({name: of[k] for name, of in counts.items()} for k in (0, 1))
         pruned = {name: before[name] - self.weights[name].nnz + grown[name] for name in grown}
         self.history.append(Update(self.steps + 1, share, candidates, pruned, grown))
 
-    def _move(self, parts: Mapping[str, Part], share: float) -> dict[str, int]:
-        """Choose the next connections and move there; how many of them are new."""
+    def _exchange(self, names: list[str], moment: Moment) -> dict[str, tuple[int, int]]:
+        """Choose the next connections of some weights and move there; how many candidates and new ones each has."""
         assert self._rules.choose is not None
-        if not parts:
-            return {}
-        generator = Generator().manual_seed(self._key(len(self.weights)))
-        chosen = self._rules.choose(list(parts.values()), Moment(share, self.scope, self.options, generator))
+        parts = [self._part(self.weights[name]) for name in names]
+        chosen = self._rules.choose(parts, moment)
         return {
-            name: move(self.weights[name], part.keys, keys, self.optimizer)
-            for (name, part), keys in zip(parts.items(), chosen, strict=True)
+            name: (len(part.candidates), move(self.weights[name], part.keys, keys, self.optimizer))
+            for name, part, keys in zip(names, parts, chosen, strict=True)
         }
 
     def _probe(self, name: str) -> Probe:
