@@ -1,8 +1,9 @@
 """The largest and the smallest of many numbers, by place.
 
-``rwfx::extremes`` is an operator: below by ``torch.topk``, and on a CPU in ``rwfx/native/candidates.cpp``, digit by
-digit, in a few passes over the numbers. Of equal numbers at the end the first are taken there, any here. NaN is larger
-than all, as ``torch.topk`` has it.
+``rwfx::extremes`` is an operator: here for every device, by ``torch.topk``, and on a CPU in
+``rwfx/native/extremes.cpp``, digit by digit, in a few passes over the numbers. Where not all of some equal numbers are
+taken, the kernel takes those at the lowest places; other devices do not promise which. NaN is larger than all, as
+``torch.topk`` has it.
 
 Axes: N numbers, K that are taken.
 """

@@ -1,7 +1,8 @@
 """Keys: which places of a weight, as sorted and distinct numbers, and what is done with sets of them.
 
 What a key says of a place is in ``rwfx.nonzeros``. Each function is an operator: here for every device, by sorting and
-bisection, and on a CPU in ``rwfx/native/keys.cpp``, by a few passes over the keys.
+bisection, and on a CPU in ``rwfx/native/keys.cpp``, by a few passes over the keys. That keys are sorted and distinct is
+a promise: kernels refuse what they cannot work with, and do not look for more.
 
 Axes: N keys, M others.
 """

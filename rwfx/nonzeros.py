@@ -41,7 +41,7 @@ def index_of(keys: Tensor, rows: int, columns: int) -> Index:
     """The index of keys ``(N,)`` int64; that they are sorted, distinct and below ``rows * columns`` is a promise.
 
     Raises:
-        ValueError: by the kernels, where they see that they are not.
+        ValueError: by the kernels, where keys are out of order or beyond; repeated ones are not looked for.
     """
     by_columns = columns_of(keys, rows, columns)
     return Index(*by_columns, *rows_of(*by_columns, rows))

@@ -10,7 +10,7 @@ from rwfx import extremes, keys, nonzeros
 from rwfx.native import ready
 from rwfx.ops import candidates
 
-SHAPES = [(7, 5), (1, 40), (40, 1), (300, 211), (1500, 90), (5, 0), (0, 5)]
+SHAPES = [(7, 5), (1, 40), (40, 1), (300, 211), (1500, 90), (90, 1500), (5, 0), (0, 5)]
 FOR_EVERY_DEVICE = {
     keys: ("replaced", "without", "origins", "carried"),
     nonzeros: ("columns_of", "rows_of", "keys_of"),
@@ -20,12 +20,16 @@ EXTREMES = {"largest": (True, False), "largest_magnitudes": (True, True), "small
 """Whether each takes the largest, and whether of magnitudes."""
 
 
-@pytest.fixture(params=["kernels", "PyTorch"])
+@pytest.fixture(params=["kernels, one thread", "kernels, three threads", "PyTorch"])
 def by(request, monkeypatch):
     """The operators as they are dispatched, or their implementations for every device."""
-    if request.param == "kernels":
+    if request.param != "PyTorch":
         if not ready():
             pytest.skip("no kernels here")
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if "one" in request.param else 3)
+        yield
+        torch.set_num_threads(before)
         return
     for module, names in FOR_EVERY_DEVICE.items():
         for name in names:
@@ -33,6 +37,7 @@ def by(request, monkeypatch):
     monkeypatch.setattr(keys, "distinct_keys", torch.unique)
     for name, how in EXTREMES.items():
         monkeypatch.setattr(extremes, name, lambda of, count, how=how: extremes._extremes(of, count, *how))
+    yield
 
 
 def some_keys(rows, columns, share, seed=0):
@@ -60,7 +65,7 @@ def test_an_index_has_the_same_places_by_columns_and_by_rows(rows, columns, shar
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.usefixtures("by")
 def test_what_is_without_others_is_a_difference_of_sets(share):
-    of, others = some_keys(211, 400, share), some_keys(211, 400, 0.6, seed=1)
+    of, others = some_keys(211, 800, share), some_keys(211, 800, 0.6, seed=1)
     for a, b in ((of, others), (others, of)):
         assert keys.without(a, b).tolist() == sorted(set(a.tolist()) - set(b.tolist()))
 
@@ -69,7 +74,7 @@ def test_what_is_without_others_is_a_difference_of_sets(share):
 @pytest.mark.parametrize("grown", [0.0, 0.2, 1.0])
 @pytest.mark.usefixtures("by")
 def test_what_is_pruned_goes_and_what_is_grown_comes_in_its_place(share, gone, grown):
-    of = some_keys(211, 800, share)  # for several threads
+    of = some_keys(211, 800, share)
     pruned, wanted = some_keys(1, len(of), gone, seed=1), some_keys(211, 800, grown, seed=2)
     wanted = keys.without(wanted, of)
     kept = set(of.tolist()) - {of[n].item() for n in pruned}
@@ -93,7 +98,7 @@ def test_a_key_that_is_drawn_far_more_often_than_others_is_there_once():
 @pytest.mark.parametrize("shares", [(0.3, 0.35), (0.0, 0.4), (0.4, 0.0), (0.9, 0.02), (0.02, 0.9)], ids=str)
 @pytest.mark.usefixtures("by")
 def test_numbers_are_carried_to_the_keys_after(shares):
-    before, after = (some_keys(211, 400, share, seed) for seed, share in enumerate(shares))  # for several threads
+    before, after = (some_keys(211, 1600, share, seed) for seed, share in enumerate(shares))
     kinds = torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool
     numbers = [torch.randn(len(before)).mul(9).to(kind) for kind in kinds]
     numbers[0][::7] = math.nan  # what is not carried is 0, whatever there was
@@ -103,9 +108,9 @@ def test_numbers_are_carried_to_the_keys_after(shares):
     assert origin.tolist() == [place.get(key, -1) for key in after.tolist()]
     for kind, of in zip(kinds, numbers, strict=True):
         moved = keys.carried(of, origin)
-        wanted = [of[n] if n >= 0 else of.new_zeros(()) for n in origin.tolist()]
+        wanted = torch.cat([of, of.new_zeros(1)])[origin.long()]  # a new one's, -1, is the last
         assert moved.dtype == kind
-        assert torch.equal(moved.nan_to_num(77), torch.stack(wanted).nan_to_num(77) if wanted else of[:0])
+        assert torch.equal(moved.nan_to_num(77), wanted.nan_to_num(77))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -138,7 +143,10 @@ def test_of_equal_numbers_the_first_are_taken():
     assert extremes.largest(numbers, 2).tolist() == [0, 3]
     assert extremes.largest_magnitudes(numbers, 3).tolist() == [0, 2, 3]
     assert extremes.smallest_magnitudes(numbers, 3).tolist() == [0, 1, 5]
-    assert extremes.smallest_magnitudes(torch.tensor([0.0, 1.0, -0.0]), 1).tolist() == [0]
+    zeros = torch.tensor([-0.0, 0.0, 1.0, -0.0])
+    assert extremes.largest(zeros, 2).tolist() == [0, 2]
+    assert extremes.smallest_magnitudes(zeros, 2).tolist() == [0, 1]
+    assert extremes.smallest_magnitudes(torch.full((100_000,), 3.0), 70_000).equal(torch.arange(70_000))
 
 
 @pytest.mark.parametrize("groups", [0, 1, 3])
@@ -153,6 +161,7 @@ def test_kernels_draw_what_pytorch_draws(groups, kind):
         if kind == "skewed":
             of_inputs, of_rows = of_inputs**30, of_rows**30
             of_inputs[:, 3:9] = of_inputs[:, -1] = of_rows[:5] = of_rows[-3:] = 0
+            of_inputs[1:] = 0  # groups whose rows are never drawn
         sums = candidates._sums(of_inputs.double(), of_rows.double())
     wanted = candidates._draw_places(key, *sums, rows, columns, count)
     assert torch.equal(torch.ops.rwfx.draw_places(key, *sums, rows, columns, count), wanted)
@@ -194,10 +203,16 @@ def test_what_does_not_fit_is_refused():
     for wrong in starts[1:]:
         refuses("begin at 0 and end at its 3 numbers", nonzeros.rows_of, wrong, row, 4)
     refuses("row 3 is not one of 3", nonzeros.rows_of, starts[0], row, 3)
+    for call in (nonzeros.rows_of, nonzeros.keys_of):
+        refuses("int32 cannot count -1 rows", call, starts[0], row, -1)
     refuses("one-dimensional int32 tensors, got Long of shape", nonzeros.keys_of, torch.tensor([0]), row, 3)
     for pruned in ([2], [-1], [0, 0], [1, 0]):
         refuses("positions of 2 keys", keys.replaced, torch.tensor([4, 7]), torch.tensor(pruned), torch.tensor([5]))
     refuses("grown must be sorted", keys.replaced, torch.tensor([4, 7]), torch.tensor([1]), torch.tensor([9, 5]))
+    many, before = torch.arange(200_000), torch.get_num_threads()
+    torch.set_num_threads(3)
+    refuses("keys must be sorted", keys.replaced, 2 * many.flip(0), many[:1], 2 * many + 1)
+    torch.set_num_threads(before)
     refuses("not be negative, got -1", keys.distinct_keys, torch.tensor([-1]))
     refuses("one-dimensional int64 tensor, got Float of shape", keys.distinct_keys, torch.tensor([1.0]))
     origin = torch.tensor([1, -1], dtype=torch.int32)
@@ -207,4 +222,8 @@ def test_what_does_not_fit_is_refused():
     refuses("no 3 extremes of numbers of Float", extremes.largest, torch.ones(2), 3)
     refuses("numbers of Long", extremes.largest, torch.ones(2, dtype=torch.int64), 1)
     sums = torch.ones(2, 5).double(), torch.ones(7).double()
-    refuses("are not of 7 rows and 5 columns", torch.ops.rwfx.draw_places, torch.tensor(5), *sums, 7, 5, 3)
+    draw, key = torch.ops.rwfx.draw_places, torch.tensor(5)
+    refuses("are not of 7 rows and 5 columns", draw, key, *sums, 7, 5, 3)
+    refuses("are not of 7 rows and 5 columns", draw, key, sums[0][:0], sums[1], 7, 5, 3)
+    for worthless in (0, -1, math.nan, math.inf):
+        refuses("nothing can be drawn by 5 sums", draw, key, worthless * sums[0][:1], sums[1], 7, 5, 3)

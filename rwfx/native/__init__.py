@@ -1,4 +1,4 @@
-"""The CPU kernels in C++: faster implementations of operators that ``rwfx.ops`` and ``rwfx.optim`` have in Python.
+"""The CPU kernels in C++: faster implementations of operators that Python has for every device.
 
 They are compiled for this machine when first needed (one to two minutes, said on stderr) and kept in the user's cache.
 Nothing depends on them but speed: without a C++ compiler, or with ``RWFX_NATIVE=0``, the Python implementations run,
@@ -34,6 +34,7 @@ SOURCES = (
     "index.cpp",
     "keys.cpp",
     "candidates.cpp",
+    "extremes.cpp",
 )
 HEADERS = (
     "random.h",

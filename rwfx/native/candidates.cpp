@@ -1,21 +1,15 @@
-// rwfx::draw_places and rwfx::extremes on the CPU: candidates of an update of the topology, and the best of them. The
-// equations of rwfx/ops/candidates.py and rwfx/extremes.py.
+// rwfx::draw_places on the CPU: the draws of rwfx/ops/candidates.py.
 
+#include "memory.h"
 #include "random.h"
 #include "rows.h"
-#include "memory.h"
 
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
-#include <bit>
 #include <cstdint>
-#include <functional>
-#include <iterator>
 #include <limits>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 namespace rwfx {
@@ -24,16 +18,17 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// ---- Draws.
-
 // Running sums, in which the first above a number is found in constant time on average: numbers fall into as many cells
 // as there are sums, and of each cell it is kept where a search begins (the guide table of Chen & Asau 1974).
 class RunningSums {
  public:
   explicit RunningSums(const Tensor& given)
       : tensor_(given.to(at::kDouble).contiguous()), sums_(tensor_.const_data_ptr<double>()), count_(tensor_.numel()) {
-    TORCH_CHECK_VALUE(count_ > 0, "there are no sums to draw by.");
-    per_number_ = static_cast<double>(count_) / sums_[count_ - 1];
+    const double sum = count_ ? sums_[count_ - 1] : 0;
+    TORCH_CHECK_VALUE(
+        sum > 0 && sum < std::numeric_limits<double>::infinity() && count_ <= std::numeric_limits<int32_t>::max(),
+        "nothing can be drawn by ", count_, " sums up to ", sum, ".");
+    per_number_ = static_cast<double>(count_) / sum;
     first_.resize(count_);
     int64_t n = 0;
     for (int64_t cell = 0; cell < count_; ++cell) {
@@ -54,7 +49,7 @@ class RunningSums {
 
  private:
   int64_t cell_of(double at) const {
-    return std::min(count_ - 1, static_cast<int64_t>(at * per_number_));
+    return static_cast<int64_t>(std::clamp(at * per_number_, 0.0, static_cast<double>(count_ - 1)));
   }
   Tensor tensor_;
   const double* sums_;
@@ -80,7 +75,8 @@ Tensor draw_places(
     return places;
   }
   TORCH_CHECK_VALUE(
-      sums_GI->dim() == 2 && sums_GI->size(1) == columns && sum_O->numel() == rows && rows % sums_GI->size(0) == 0,
+      sums_GI->dim() == 2 && sums_GI->size(0) > 0 && sums_GI->size(1) == columns && sum_O->numel() == rows &&
+          rows % sums_GI->size(0) == 0,
       "sums of the shapes ", sums_GI->sizes(), " and ", sum_O->sizes(), " are not of ", rows, " rows and ", columns,
       " columns.");
   const RunningSums of_inputs(*sums_GI), of_rows(*sum_O);
@@ -95,105 +91,10 @@ Tensor draw_places(
   return places;
 }
 
-// ---- The largest and the smallest.
-
-template <class T>
-using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-
-// An unsigned number for each that is ordered as they are, or as their magnitudes; NaN is above all, as for torch.topk.
-template <class T>
-BitsOf<T> ordered(T number, bool magnitudes) {
-  using Bits = BitsOf<T>;
-  constexpr Bits SIGN = Bits(1) << (8 * sizeof(T) - 1);
-  const Bits bits = std::bit_cast<Bits>(number) & (magnitudes ? ~SIGN : ~Bits(0));
-  return number != number ? std::numeric_limits<Bits>::max() : bits & SIGN ? ~bits : bits | SIGN;
-}
-
-constexpr int DIGIT = 11;
-using Counts = std::array<int64_t, 1 << DIGIT>;
-
-// The digit of the last that is taken, of which `left` are taken beside all with larger ones; then how many of it are.
-int64_t last_digit(const Counts& counts, int64_t& left) {
-  int64_t digit = counts.size() - 1;
-  for (; counts[digit] < left; --digit) {
-    left -= counts[digit];
-  }
-  return digit;
-}
-
-// Digit by digit: how many of the numbers have each, and then the same of those alone that have the last one's.
-template <class T>
-Tensor extremes_of(const Tensor& given, int64_t count, bool largest, bool magnitudes) {
-  using Bits = BitsOf<T>;
-  constexpr int BITS = 8 * sizeof(T);
-  const T* numbers = given.const_data_ptr<T>();
-  const int64_t size = given.numel(), threads = at::get_num_threads();
-  const Bits turned = largest ? Bits(0) : ~Bits(0);
-  Scratch<Bits> scratch(size);
-  Bits* rank = scratch.data();
-  std::vector<Counts> of_thread(threads, Counts{});
-  at::parallel_for(0, threads, grain(size / threads + 1), [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) {
-      const int64_t begin = size * k / threads, end = size * (k + 1) / threads;
-      for (int64_t n = begin; n < end; ++n) {
-        rank[n] = ordered(numbers[n], magnitudes) ^ turned;
-      }
-      Counts other{};  // every second one, so that one number's count does not wait for its neighbour's
-      for (int64_t n = begin; n < end; ++n) {
-        ++(n & 1 ? other : of_thread[k])[rank[n] >> (BITS - DIGIT)];
-      }
-      std::transform(other.begin(), other.end(), of_thread[k].begin(), of_thread[k].begin(), std::plus<int64_t>());
-    }
-  });
-  Counts counts{};
-  for (const Counts& own : of_thread) {
-    std::transform(own.begin(), own.end(), counts.begin(), counts.begin(), std::plus<int64_t>());
-  }
-  int64_t left = count;
-  int shift = BITS - DIGIT;
-  Bits last = static_cast<Bits>(last_digit(counts, left)) << shift;
-  std::vector<Bits> alike;
-  std::copy_if(rank, rank + size, std::back_inserter(alike), [&](Bits bits) { return bits >> shift == last >> shift; });
-  while (shift > 0) {
-    shift = std::max(0, shift - DIGIT);
-    counts.fill(0);
-    for (const Bits bits : alike) {
-      ++counts[(bits >> shift) % counts.size()];
-    }
-    const Bits mask = static_cast<Bits>(counts.size() - 1) << shift;
-    last = (last & ~mask) | static_cast<Bits>(last_digit(counts, left)) << shift;
-    std::erase_if(alike, [&](Bits bits) { return bits >> shift != last >> shift; });
-  }
-  const Tensor places = fresh({count}, given.options().dtype(at::kLong));
-  int64_t* to = places.mutable_data_ptr<int64_t>();
-  int64_t taken = 0;
-  for (int64_t n = 0; taken < count; ++n) {
-    const bool is_equal = (rank[n] == last) & (left > 0);
-    left -= is_equal;
-    to[taken] = n;
-    taken += (rank[n] > last) | is_equal;
-  }
-  return places;
-}
-
-Tensor extremes(const Tensor& numbers, int64_t count, bool largest, bool magnitudes) {
-  TORCH_CHECK_VALUE(
-      numbers.dim() == 1 && numbers.is_floating_point() && count >= 0 && count <= numbers.numel(), "there are no ",
-      count, " extremes of numbers of ", numbers.scalar_type(), " of the shape ", numbers.sizes(), ".");
-  if (count == 0) {
-    return at::empty({0}, numbers.options().dtype(at::kLong));
-  }
-  // float has the numbers of the half precisions.
-  const Tensor given = numbers.to(numbers.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
-  return given.scalar_type() == at::kDouble ? extremes_of<double>(given, count, largest, magnitudes)
-                                            : extremes_of<float>(given, count, largest, magnitudes);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rwfx, CPU, m) {
   m.impl("draw_places", draw_places);
-  m.impl("extremes", extremes);
 }
 
 }  // namespace rwfx

@@ -16,12 +16,12 @@ namespace {
 using at::Tensor;
 
 // int32 numbers of an index.
-struct Places {
+struct Indices {
   Tensor tensor;
   const int32_t* data;
   int64_t count;
 
-  explicit Places(const Tensor& given) : tensor(given.contiguous()), data(nullptr), count(given.numel()) {
+  explicit Indices(const Tensor& given) : tensor(given.contiguous()), data(nullptr), count(given.numel()) {
     TORCH_CHECK_VALUE(
         given.dim() == 1 && given.scalar_type() == at::kInt, "an index must be of one-dimensional int32 tensors, got ",
         given.scalar_type(), " of shape ", given.sizes(), ".");
@@ -29,7 +29,8 @@ struct Places {
   }
 };
 
-void check_starts(const Places& ccol, const Places& row) {
+void check_index(const Indices& ccol, const Indices& row, int64_t rows) {
+  TORCH_CHECK_VALUE(rows >= 0 && rows <= LARGEST, "int32 cannot count ", rows, " rows.");
   TORCH_CHECK_VALUE(
       ccol.count && ccol.data[0] == 0 && ccol.data[ccol.count - 1] == row.count &&
           std::is_sorted(ccol.data, ccol.data + ccol.count),
@@ -43,7 +44,7 @@ std::tuple<Tensor, Tensor> columns_of(const Tensor& given, int64_t rows, int64_t
   TORCH_CHECK_VALUE(
       std::min(rows, columns) >= 0 && std::max({rows, columns, keys.count}) <= LARGEST, "int32 cannot count ", rows,
       " rows, ", columns, " columns and ", keys.count, " keys.");
-  const Tensor ccol = numbers(columns + 1, given, at::kInt), row = numbers(keys.count, given, at::kInt);
+  const Tensor ccol = fresh_like(given, columns + 1, at::kInt), row = fresh_like(given, keys.count, at::kInt);
   int32_t *ccol_to = ccol.mutable_data_ptr<int32_t>(), *row_to = row.mutable_data_ptr<int32_t>();
   at::parallel_for(0, columns, grain_of(keys.count, columns), [&](int64_t begin, int64_t end) {
     int64_t n = keys.place_of(begin * rows);
@@ -65,10 +66,10 @@ std::tuple<Tensor, Tensor> columns_of(const Tensor& given, int64_t rows, int64_t
 }
 
 std::tuple<Tensor, Tensor, Tensor> rows_of(const Tensor& given_ccol, const Tensor& given_row, int64_t rows) {
-  const Places ccol(given_ccol), row(given_row);
-  check_starts(ccol, row);
-  const Tensor crow = numbers(rows + 1, given_row, at::kInt);
-  const Tensor col = numbers(row.count, given_row, at::kInt), order = numbers(row.count, given_row, at::kInt);
+  const Indices ccol(given_ccol), row(given_row);
+  check_index(ccol, row, rows);
+  const Tensor crow = fresh_like(given_row, rows + 1, at::kInt);
+  const Tensor col = fresh_like(given_row, row.count, at::kInt), order = fresh_like(given_row, row.count, at::kInt);
   int32_t *crow_to = crow.mutable_data_ptr<int32_t>(), *col_to = col.mutable_data_ptr<int32_t>();
   int32_t* order_to = order.mutable_data_ptr<int32_t>();
   // Neighbouring rows are a bucket.
@@ -87,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> rows_of(const Tensor& given_ccol, const Tenso
       f(o >> shift, Number{o, static_cast<int32_t>(j), static_cast<int32_t>(n)});
     }
   };
-  const Dealt<Number> dealt = deal<Number>(row.count, (rows >> shift) + 1, for_numbers);
-  for_buckets(dealt, [&](int64_t begin, int64_t end) {
+  const Buckets<Number> dealt(row.count, (rows >> shift) + 1, for_numbers);
+  dealt.for_each([&](int64_t begin, int64_t end) {
     std::vector<int32_t> next(int64_t(1) << shift);
     for (int64_t b = begin; b < end; ++b) {
       const Number *first = &dealt.items[dealt.starts[b]], *last = &dealt.items[dealt.starts[b + 1]];
@@ -114,9 +115,9 @@ std::tuple<Tensor, Tensor, Tensor> rows_of(const Tensor& given_ccol, const Tenso
 }
 
 Tensor keys_of(const Tensor& given_ccol, const Tensor& given_row, int64_t rows) {
-  const Places ccol(given_ccol), row(given_row);
-  check_starts(ccol, row);
-  const Tensor keys = numbers(row.count, given_row, at::kLong);
+  const Indices ccol(given_ccol), row(given_row);
+  check_index(ccol, row, rows);
+  const Tensor keys = fresh_like(given_row, row.count, at::kLong);
   int64_t* to = keys.mutable_data_ptr<int64_t>();
   const int64_t columns = ccol.count - 1;
   at::parallel_for(0, columns, grain_of(row.count, columns), [&](int64_t begin, int64_t end) {

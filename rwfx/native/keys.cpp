@@ -29,7 +29,11 @@ void for_ranges(const Keys& keys, const Keys& others, F f) {
   const auto start = [&](int64_t n) {
     return n == 0 ? 0 : n == keys.count ? others.count : others.place_of(keys.data[n]);
   };
-  at::parallel_for(0, keys.count, GRAIN, [&](int64_t begin, int64_t end) { f(begin, end, start(begin), start(end)); });
+  at::parallel_for(0, keys.count, GRAIN, [&](int64_t begin, int64_t end) {
+    const int64_t first = start(begin), last = start(end);
+    TORCH_CHECK_VALUE(first <= last, "keys must be sorted.");
+    f(begin, end, first, last);
+  });
 }
 
 Tensor replaced(const Tensor& given, const Tensor& given_pruned, const Tensor& given_grown) {
@@ -38,7 +42,7 @@ Tensor replaced(const Tensor& given, const Tensor& given_pruned, const Tensor& g
       pruned.are_sorted() && (!pruned.count || (pruned.data[0] >= 0 && pruned.end()[-1] < keys.count)),
       "what is pruned must be positions of ", keys.count, " keys, in order.");
   TORCH_CHECK_VALUE(grown.are_sorted(), "what is grown must be sorted.");
-  const Tensor after = numbers(keys.count - pruned.count + grown.count, given, at::kLong);
+  const Tensor after = fresh_like(given, keys.count - pruned.count + grown.count, at::kLong);
   int64_t* to = after.mutable_data_ptr<int64_t>();
   if (!keys.count) {
     std::copy(grown.data, grown.end(), to);
@@ -63,7 +67,7 @@ Tensor replaced(const Tensor& given, const Tensor& given_pruned, const Tensor& g
 
 Tensor without(const Tensor& given, const Tensor& given_others) {
   const Keys keys(given), others(given_others);
-  const Tensor rest = numbers(keys.count, given, at::kLong);
+  const Tensor rest = fresh_like(given, keys.count, at::kLong);
   int64_t* to = rest.mutable_data_ptr<int64_t>();
   const int64_t parts = at::get_num_threads();
   std::vector<int64_t> counts(parts);
@@ -127,9 +131,9 @@ Tensor distinct_keys(const Tensor& given) {
       f(keys.data[n] >> shift, keys.data[n]);
     }
   };
-  const Dealt<int64_t> dealt = deal<int64_t>(keys.count, (largest >> shift) + 1, for_keys);
+  const Buckets<int64_t> dealt(keys.count, (largest >> shift) + 1, for_keys);
   std::vector<int64_t> counts(dealt.starts.size() - 1);
-  for_buckets(dealt, [&](int64_t begin, int64_t end) {
+  dealt.for_each([&](int64_t begin, int64_t end) {
     std::vector<int64_t> spare;
     for (int64_t b = begin; b < end; ++b) {
       int64_t *first = &dealt.items[dealt.starts[b]], *last = &dealt.items[dealt.starts[b + 1]];
@@ -137,7 +141,7 @@ Tensor distinct_keys(const Tensor& given) {
       counts[b] = std::unique(first, last) - first;
     }
   });
-  const Tensor distinct = numbers(std::accumulate(counts.begin(), counts.end(), int64_t(0)), given, at::kLong);
+  const Tensor distinct = fresh_like(given, std::accumulate(counts.begin(), counts.end(), int64_t(0)), at::kLong);
   int64_t* at = distinct.mutable_data_ptr<int64_t>();
   for (size_t b = 0; b < counts.size(); ++b) {
     at = std::copy_n(&dealt.items[dealt.starts[b]], counts[b], at);
@@ -150,7 +154,7 @@ Tensor distinct_keys(const Tensor& given) {
 Tensor origins(const Tensor& given_before, const Tensor& given_after) {
   const Keys before(given_before), after(given_after);
   TORCH_CHECK_VALUE(before.count <= LARGEST, "int32 cannot count ", before.count, " keys.");
-  const Tensor origin = numbers(after.count, given_after, at::kInt);
+  const Tensor origin = fresh_like(given_after, after.count, at::kInt);
   int32_t* to = origin.mutable_data_ptr<int32_t>();
   at::parallel_for(0, after.count, GRAIN, [&](int64_t begin, int64_t end) {
     const int64_t* at = before.data + before.place_of(after.data[begin]);

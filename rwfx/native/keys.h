@@ -44,7 +44,7 @@ inline int64_t grain_of(int64_t numbers, int64_t groups) {
   return grain(numbers / std::max<int64_t>(1, groups) + 1);
 }
 
-inline at::Tensor numbers(int64_t size, const at::Tensor& like, at::ScalarType type) {
+inline at::Tensor fresh_like(const at::Tensor& like, int64_t size, at::ScalarType type) {
   return fresh({size}, like.options().dtype(type));
 }
 

@@ -29,7 +29,7 @@ inline void ask_for_large_pages([[maybe_unused]] void* at, [[maybe_unused]] int6
 #endif
 }
 
-// A new tensor; a large one, whose pages are new with it, in large pages.
+// A tensor; of a large one the pages that are new are large pages.
 inline at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor tensor = at::empty(sizes, options);
   ask_for_large_pages(tensor.mutable_data_ptr(), static_cast<int64_t>(tensor.nbytes()));
@@ -65,10 +65,15 @@ class LargePages {
 };
 
 // What a thread keeps from one kernel to the next.
-inline LargePages& kept_memory() {
-  static thread_local LargePages memory;
-  return memory;
-}
+struct Kept {
+  LargePages memory;
+  bool in_use = false;
+
+  static Kept& of_thread() {
+    static thread_local Kept kept;
+    return kept;
+  }
+};
 
 // Room for `size` numbers, in memory that the thread keeps: new pages cost more than a sparse product. A thread has one
 // at a time.
@@ -77,13 +82,21 @@ class Scratch {
  public:
   explicit Scratch(int64_t size) {
     const int64_t bytes = size * static_cast<int64_t>(sizeof(T));
+    Kept& kept = Kept::of_thread();
+    TORCH_INTERNAL_ASSERT(!kept.in_use, "a thread has one scratch memory at a time.");
     if (bytes > MOST_KEPT) {
       own_ = LargePages(bytes);
-    } else if (bytes > kept_memory().bytes()) {
-      kept_memory() = LargePages(bytes);
+    } else if (bytes > kept.memory.bytes()) {
+      kept.memory = LargePages(bytes);
     }
-    data_ = static_cast<T*>(own_.bytes() ? own_.data() : kept_memory().data());
+    data_ = static_cast<T*>(own_.bytes() ? own_.data() : kept.memory.data());
+    kept.in_use = true;
   }
+  ~Scratch() {
+    Kept::of_thread().in_use = false;
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   T* data() {
     return data_;
   }

@@ -4,8 +4,9 @@ In: how much each input and each output weighs, ``f`` and ``q``. Out: the places
 probability ``f[a]`` and a row ``b`` with probability ``q[b]``, independently, so it takes time in proportion to inputs,
 outputs and draws, and not to the product of the first two (Heddes et al. 2024).
 
-Each number is found in running sums, in constant time on a CPU (``rwfx/native/candidates.cpp`` keeps where a search
-begins, in place of Walker's alias method, whose tables are made one entry after the other) and by bisection elsewhere.
+Each number is found in running sums: on a CPU in constant time on average (``rwfx/native/candidates.cpp`` keeps where a
+search begins, in place of Walker's alias method, whose tables are made one entry after the other), and by bisection
+elsewhere.
 What is drawn is a function of a key alone (``rwfx.ops.walk.mix``).
 
 Axes: I columns and O rows of the weight, G groups, M draws.
@@ -42,10 +43,10 @@ def draw_places(
 
     Args:
         of_inputs: ``(G, I)``, not negative: row ``b`` is in group ``b // (O / G)`` and its column is drawn by that
-            group's weights. None: uniformly.
-        of_rows: ``(O,)``, not negative: what a row weighs beside one group's inputs. None: uniformly.
+            group's weights.
+        of_rows: ``(O,)``, not negative: what a row weighs beside one group's inputs.
 
-    Where the weights are all zero, or not all finite, draws are uniform.
+    Draws are uniform where both are None, and where weights are all zero or not all finite.
     """
     sums = None, None
     if of_inputs is not None and of_rows is not None:

@@ -29,11 +29,8 @@ Grow = Callable[[Part, int], Tensor]
 
 def exchanged(part: Part, share: float, prune: Prune, grow: Grow) -> Tensor:
     """The part's keys after an exchange, sorted."""
-    prunable = part.prunable
-    grown = grow(part, min(ceil(share * len(part.keys)), len(part.values if prunable is None else prunable)))
-    if prunable is None:
-        return replaced(part.keys, prune(part.values, len(grown)), grown)
-    return replaced(part.keys, prunable[prune(part.values[prunable], len(grown))], grown)
+    grown = grow(part, min(ceil(share * len(part.keys)), part.prunable))
+    return replaced(part.keys, part.pruned(prune, len(grown)), grown)
 
 
 def tails(values: Tensor, count: int) -> Tensor:

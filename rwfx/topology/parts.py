@@ -34,11 +34,16 @@ class Part:
     """Positions of connections that are not pruned."""
 
     @property
-    def prunable(self) -> Tensor | None:
-        """Positions of the connections that may be pruned, in order; None: all."""
+    def prunable(self) -> int:
+        """How many connections may be pruned."""
+        return len(self.keys) - (0 if self.stay is None else len(self.stay))
+
+    def pruned(self, prune: Callable[[Tensor, int], Tensor], count: int) -> Tensor:
+        """Positions of the ``count`` connections that ``prune`` chooses by their values, of those that may be."""
         if self.stay is None:
-            return None
-        return torch.ones_like(self.keys, dtype=torch.bool).index_fill_(0, self.stay, False).nonzero().flatten()
+            return prune(self.values, count)
+        may = torch.ones_like(self.keys, dtype=torch.bool).index_fill_(0, self.stay, False).nonzero().flatten()
+        return may[prune(self.values[may], count)]
 
 
 def each(parts: Sequence[Part], choose: Choose) -> list[Tensor]:
