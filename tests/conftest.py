@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rwfx
+from rwfx.experiments.speed import turns
 from rwfx.options import Options
 
 
@@ -37,3 +38,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def short_turns(monkeypatch):
+    """Turns of two calls: a test looks at what is measured, not at how long it takes."""
+    monkeypatch.setattr(turns, "MOST_CALLS", 2)

@@ -582,7 +582,7 @@ def test_the_variance_of_networks_where_nothing_is_sparse_is_refused(tmp_path, c
 # --- What choosing takes
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "short_turns")
 def test_the_overhead_of_every_policy_is_measured_beside_its_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(overhead, "ROUNDS", 2)
     plain = [name for name in POLICIES if "+" not in name]

@@ -14,7 +14,7 @@ from rwfx.experiments.speed.sparse_scaling import ScalingTurn
 from rwfx.experiments.speed.sparse_steps import SparseTurn, sparse_mlp
 from rwfx.experiments.speed.turns import Spread
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "short_turns")
 
 SMALL = AlwaysSparse(
     width=16,
