@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from rwfx.keys import distinct_keys
+from rwfx.keys import distinct_keys, replaced
 
 _library = torch.library.Library("rwfx", "FRAGMENT")
 _library.define("columns_of(Tensor keys, SymInt rows, SymInt columns) -> (Tensor, Tensor)")
@@ -82,7 +82,7 @@ def draw_keys(rows: int, columns: int, count: int, generator: Generator | None =
     surplus = len(keys) - count
     if surplus:
         out = torch.randperm(len(keys), generator=generator, device="cpu")[:surplus]
-        keys = keys[torch.ones(len(keys), dtype=torch.bool, device="cpu").index_fill_(0, out, False)]
+        keys = replaced(keys, out.sort().values, keys[:0])
     return keys
 
 

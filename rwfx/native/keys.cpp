@@ -10,7 +10,6 @@
 #include <array>
 #include <cstdint>
 #include <numeric>
-#include <tuple>
 #include <utility>
 #include <vector>
 

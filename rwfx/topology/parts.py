@@ -10,6 +10,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from rwfx.keys import without
+
 Choose = Callable[["Part"], Tensor]
 """The next keys of a part, sorted and distinct."""
 
@@ -31,7 +33,7 @@ class Part:
     wanted: float = 0.0
     """How much more connections of this weight are wanted than those of another; only ``snfs`` asks."""
     stay: Tensor | None = None
-    """Positions of connections that are not pruned."""
+    """Positions of connections that are not pruned, in order."""
 
     @property
     def prunable(self) -> int:
@@ -42,7 +44,7 @@ class Part:
         """Positions of the ``count`` connections that ``prune`` chooses by their values, of those that may be."""
         if self.stay is None:
             return prune(self.values, count)
-        may = torch.ones_like(self.keys, dtype=torch.bool).index_fill_(0, self.stay, False).nonzero().flatten()
+        may = without(torch.arange(len(self.keys), device=self.keys.device), self.stay)
         return may[prune(self.values[may], count)]
 
 
